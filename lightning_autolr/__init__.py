@@ -1,0 +1,1 @@
+"""Learning-rate schedules found while you train, for PyTorch Lightning."""

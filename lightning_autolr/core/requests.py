@@ -1,0 +1,281 @@
+"""What a search may ask for, and what it is told.
+
+A search is a generator: it yields a request (:class:`Probe`, :class:`LineProbe` or :class:`Train`) and receives the answer.
+Requests and answers hold ids and plain numbers, never tensors, so the list of (request, answer) pairs *is* the state of a
+search: it is what is written to disk, saved in checkpoints, replayed on resume and drawn in figures.
+
+All losses are means over ranks. A step is one optimizer step (one batch under manual optimization).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Literal
+
+from lightning_autolr.schedules import Constant, Schedule
+
+__all__ = [
+    "Answer",
+    "Evaluation",
+    "LineProbe",
+    "LineResult",
+    "Probe",
+    "ProbeResult",
+    "Request",
+    "Requests",
+    "Run",
+    "Status",
+    "Train",
+    "TrainResult",
+    "decode",
+    "encode",
+]
+
+
+class Status(str, Enum):
+    """How a piece of training ended. A bad end is an answer, never an exception."""
+
+    OK = "ok"
+    DIVERGED = "diverged"  # a loss was not finite, or rose above ``stop_above``; the steps after it were not made
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a search may know of the run before it starts.
+
+    Args:
+        total_steps: optimizer steps the run will make, or None when nobody knows.
+        lr: the largest learning rate among the optimizer's parameter groups, as the user configured it.
+        has_validation: whether ``evaluate="validation"`` can be asked for.
+    """
+
+    total_steps: int | None = None
+    lr: float = 1e-3
+    has_validation: bool = True
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Train privately, evaluate, and put everything back.
+
+    From state ``start``, make ``num_steps`` optimizer steps at ``lr * shape(step)``, then evaluate. With ``num_steps=0`` it
+    only evaluates.
+
+    Args:
+        lr: learning rate of the group with the largest one, > 0; the others follow in their own ratio.
+        num_steps: optimizer steps, >= 0.
+        draw: number of the draw of batches. Probes of one draw see the same batches in the same order with the same random
+            numbers, so that their difference is the learning rate's; another draw brings other batches.
+        offset: the first step's position in the draw (a probe made in two parts continues at its own offset).
+        shape: factor on ``lr`` at step ``0 ... num_steps - 1`` of this probe.
+        start: id of a kept state; None is the state of the real run.
+        keep_end: keep the state at the end and answer with its id.
+        evaluate: what to evaluate at the end: the validation batches, training batches held out from the draw, or nothing.
+        evaluate_every: evaluate also after every so many steps.
+        stop_above: a training loss above this counts as diverged.
+        stage: number of the stage, for the trace, figures and progress.
+        label: what the user reads in the progress bar.
+        release: ids of kept states which are not needed after this request.
+    """
+
+    lr: float
+    num_steps: int
+    draw: int = 0
+    offset: int = 0
+    shape: Schedule = Constant()
+    start: str | None = None
+    keep_end: bool = False
+    evaluate: Literal["validation", "holdout", "none"] = "validation"
+    evaluate_every: int | None = None
+    stop_above: float | None = None
+    stage: int = 0
+    label: str = ""
+    release: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_lr(self.lr)
+        if self.num_steps < 0 or self.offset < 0 or self.draw < 0:
+            raise ValueError(
+                f"Expected num_steps, offset and draw >= 0, got {self.num_steps=}, {self.offset=} and {self.draw=}."
+            )
+        if self.evaluate_every is not None and self.evaluate_every < 1:
+            raise ValueError(f"Expected evaluate_every >= 1 or None, got {self.evaluate_every=}.")
+
+
+@dataclass(frozen=True)
+class LineProbe:
+    """One update direction, and the loss at several distances along it; forward passes only.
+
+    Args:
+        lr: learning rate at factor 1, > 0.
+        factors: multiples of the update to evaluate, each >= 0. The loss at factor 0 is always part of the answer.
+        draw: number of the draw of batches; the direction comes from its first ``horizon`` steps.
+        horizon: optimizer steps that make the direction, >= 1.
+        evaluate_on: the batch of the direction's last step, the batch after it, or the validation batches.
+        exact: make the steps anew at each ``lr * factor`` instead of moving along one direction (any optimizer, slower).
+        stage: see :class:`Probe`.
+        label: see :class:`Probe`.
+    """
+
+    lr: float
+    factors: tuple[float, ...]
+    draw: int = 0
+    horizon: int = 1
+    evaluate_on: Literal["same", "next", "validation"] = "next"
+    exact: bool = False
+    stage: int = 0
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        _check_lr(self.lr)
+        if not self.factors or not all(math.isfinite(f) and f >= 0 for f in self.factors):
+            raise ValueError(f"Expected at least one factor, all finite and >= 0, got {self.factors=}.")
+        if self.horizon < 1:
+            raise ValueError(f"Expected horizon >= 1, got {self.horizon=}.")
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train for real, through the Trainer's own loop.
+
+    Args:
+        lr: learning rate of the group with the largest one, > 0; the others follow in their own ratio.
+        num_steps: optimizer steps, >= 1; None is "until the run ends".
+        shape: factor on ``lr`` at step ``0 ...`` of this segment.
+        momentum: momentum (SGD) or first beta (Adam family) at each step, or None to leave it alone.
+        start: id of a kept state to go back to first; None goes on from here.
+        keep_start: keep the state before the first step and answer with its id, so that the segment can be undone.
+        stop_above: a training loss above this ends the segment as diverged.
+        stage: number of the stage.
+        label: what the user reads.
+        reason: one sentence: why this learning rate.
+        release: ids of kept states which are not needed after ``start`` has been restored.
+    """
+
+    lr: float
+    num_steps: int | None
+    shape: Schedule = Constant()
+    momentum: Schedule | None = None
+    start: str | None = None
+    keep_start: bool = False
+    stop_above: float | None = None
+    stage: int = 0
+    label: str = ""
+    reason: str = ""
+    release: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_lr(self.lr)
+        if self.num_steps is not None and self.num_steps < 1:
+            raise ValueError(f"Expected num_steps >= 1 or None, got {self.num_steps=}.")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The losses of the evaluation batches, one each, after ``step`` steps of the probe."""
+
+    step: int
+    losses: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(self.losses) / len(self.losses) if self.losses else math.nan
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Answer to a :class:`Probe`: ``losses`` has one training loss per step made, before that step."""
+
+    losses: tuple[float, ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
+    status: Status = Status.OK
+    end: str | None = None
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the last evaluation; inf when the probe diverged or the loss is not finite."""
+        value = self.evaluations[-1].mean if self.evaluations and self.status is Status.OK else math.inf
+        return value if math.isfinite(value) else math.inf
+
+
+@dataclass(frozen=True)
+class LineResult:
+    """Answer to a :class:`LineProbe`: the loss before the step, and one loss per factor."""
+
+    base: float
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Answer to a :class:`Train`: ``losses`` has one training loss per step made; ``start`` is the kept state's id."""
+
+    losses: tuple[float, ...] = ()
+    status: Status = Status.OK
+    start: str | None = None
+
+
+Request = Probe | LineProbe | Train
+Answer = ProbeResult | LineResult | TrainResult
+Requests = Generator[Request, Any, None]
+
+
+def _check_lr(lr: float) -> None:
+    if not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"Expected a finite learning rate > 0, got {lr=}.")
+
+
+def encode(value: Any) -> Any:
+    """Turn requests, answers and schedules into plain JSON values; :func:`decode` is its inverse.
+
+    Floats survive exactly. NaN and the infinities become strings, since JSON has no word for them.
+
+    >>> encode(Train(lr=0.1, num_steps=None))["type"]
+    'Train'
+    >>> decode(encode(Probe(lr=0.1, num_steps=5))) == Probe(lr=0.1, num_steps=5)
+    True
+    """
+    if isinstance(value, Enum):
+        return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, (tuple, list)):
+        return [encode(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def decode(value: Any) -> Any:
+    """Rebuild what :func:`encode` wrote. Lists come back as tuples.
+
+    Raises:
+        ValueError: a ``type`` that this version does not know.
+    """
+    if isinstance(value, dict):
+        kinds = {cls.__name__: cls for cls in (*_PLAIN, *_subclasses(Schedule))}
+        if value.get("type") not in kinds:
+            raise ValueError(f"Expected a type out of {sorted(kinds)}, got {value.get('type')!r}.")
+        fields = {name: decode(v) for name, v in value.items() if name != "type"}
+        if "status" in fields:
+            fields["status"] = Status(fields["status"])
+        return kinds[value["type"]](**fields)
+    if isinstance(value, (list, tuple)):
+        return tuple(decode(v) for v in value)
+    if value in ("nan", "inf", "-inf"):
+        return float(value)
+    return value
+
+
+_PLAIN = (Probe, LineProbe, Train, Evaluation, ProbeResult, LineResult, TrainResult)
+
+
+def _subclasses(cls: type) -> Iterable[type]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)
