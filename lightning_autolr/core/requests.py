@@ -51,11 +51,15 @@ class Run:
         total_steps: optimizer steps the run will make, or None when nobody knows.
         lr: the largest learning rate among the optimizer's parameter groups, as the user configured it.
         has_validation: whether ``evaluate="validation"`` can be asked for.
+        steps_per_epoch: optimizer steps in one epoch, or None when nobody knows.
+        count_search: whether ``total_steps`` is for search and training together. The run then ends with the search.
     """
 
     total_steps: int | None = None
     lr: float = 1e-3
     has_validation: bool = True
+    steps_per_epoch: int | None = None
+    count_search: bool = False
 
 
 @dataclass(frozen=True)
