@@ -1,6 +1,6 @@
 """Problems whose answer is known: which learning rate is best, which one diverges, what is left after so many steps.
 
-A problem is minimised by plain gradient descent, ``w <- w - lr * gradient(w - shift)``, where ``shift`` plays the batch:
+A problem is minimised by gradient descent, ``w <- w - lr * gradient(w - shift)``, where ``shift`` plays the batch:
 it is normal with standard deviation ``noise`` (0: every batch is the same), as in the noisy quadratic model of Schaul,
 Zhang and LeCun, "No more pesky learning rates", 2013, section 3.
 """
