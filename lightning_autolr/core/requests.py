@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
 
-from lightning_autolr.schedules import Constant, Schedule
+from lightning_autolr.schedules import Constant, Schedule, Segment
 
 __all__ = [
     "Answer",
@@ -276,7 +276,7 @@ def decode(value: Any) -> Any:
     return value
 
 
-_PLAIN = (Probe, LineProbe, Train, Evaluation, ProbeResult, LineResult, TrainResult)
+_PLAIN = (Probe, LineProbe, Train, Evaluation, ProbeResult, LineResult, TrainResult, Segment)
 
 
 def _subclasses(cls: type) -> Iterable[type]:

@@ -1,0 +1,144 @@
+"""A schedule as a table of segments: what a search found, or what gradient norms refined."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import json
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from lightning_autolr.schedules.base import Constant, Schedule, as_count, check_number, replace_field
+from lightning_autolr.schedules.plain import from_plain, to_plain
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a table: ``num_steps`` optimizer steps at ``lr * shape(step)``, steps counted within the segment.
+
+    Args:
+        num_steps: optimizer steps, >= 0.
+        lr: learning rate (or factor) that the shape multiplies, >= 0.
+        shape: any schedule of factors; one with an open number of steps is stretched over the segment.
+        undone: the steps were trained and then taken back: the weights from before the segment were restored. They
+            count as steps all the same.
+    """
+
+    num_steps: int
+    lr: float
+    shape: Schedule = field(default=Constant())
+    undone: bool = False
+
+    def __post_init__(self) -> None:
+        replace_field(self, "num_steps", as_count("num_steps", self.num_steps))
+        check_number("lr", self.lr, low=0.0)
+        if self.shape.absolute:
+            raise ValueError(f"Expected a shape of factors, got one of learning rates: {self.shape}.")
+        if not self.shape.is_resolved:
+            replace_field(self, "shape", self.shape.stretched(self.num_steps))
+
+    def __call__(self, step: float) -> float:
+        # This product and no other: the run that found the segment computed it, and a replay has to get the same bits.
+        return self.lr * self.shape(step)
+
+    def stretched(self, num_steps: int) -> Segment:
+        """The same segment over another number of steps, its shape in proportion."""
+        length = self.shape.length
+        if num_steps == self.num_steps or length is None or self.num_steps == 0:
+            return dataclasses.replace(self, num_steps=num_steps)
+        shape = self.shape.stretched(round(length * num_steps / self.num_steps))
+        return dataclasses.replace(self, num_steps=num_steps, shape=shape)
+
+
+@dataclass(frozen=True)
+class Tabulated(Schedule):
+    """Segments one after another: the record of a found schedule, exactly replayable.
+
+    The value at a step is ``lr * shape(step within the segment)``, computed as in the run that found it, and written to
+    disk without losing a bit, so a replay without any search trains the same weights. Past the end the last segment
+    goes on: its shape is held at its own end.
+
+    Args:
+        segments: at least one :class:`Segment`.
+        absolute: True: values are learning rates (what a search found); False: factors (a refined schedule).
+
+    Stretching scales all segments in proportion.
+
+    >>> table = Tabulated((Segment(2, 0.1), Segment(4, 0.4, Constant(0.5))))
+    >>> [table(step) for step in range(4)]
+    [0.1, 0.1, 0.2, 0.2]
+    >>> table.length
+    6
+
+    In YAML, read one from a file with the function as ``class_path``::
+
+        schedule:
+          class_path: lightning_autolr.schedules.Tabulated.from_file
+          init_args: {path: schedule.json}
+    """
+
+    segments: tuple[Segment, ...]
+    absolute: bool = True
+
+    def __post_init__(self) -> None:
+        replace_field(self, "segments", tuple(self.segments))
+        if not self.segments:
+            raise ValueError("Expected at least one segment, got none.")
+
+    @cached_property
+    def _starts(self) -> tuple[int, ...]:
+        return tuple(itertools.accumulate((segment.num_steps for segment in self.segments[:-1]), initial=0))
+
+    @property
+    def length(self) -> int | None:
+        return self._starts[-1] + self.segments[-1].num_steps
+
+    def stretched(self, num_steps: int) -> Tabulated:
+        total = self._starts[-1] + self.segments[-1].num_steps
+        if num_steps == total or total == 0:
+            return self
+        ends = [round(end * num_steps / total) for end in (*self._starts, total)]
+        pairs = zip(self.segments, itertools.pairwise(ends), strict=True)
+        return dataclasses.replace(self, segments=tuple(s.stretched(stop - start) for s, (start, stop) in pairs))
+
+    def __call__(self, step: float) -> float:
+        index = max(bisect.bisect_right(self._starts, step) - 1, 0)
+        return self.segments[index](step - self._starts[index])
+
+    def kept(self) -> Tabulated:
+        """The table without the segments that were undone.
+
+        Raises:
+            ValueError: all were undone.
+        """
+        return dataclasses.replace(self, segments=tuple(s for s in self.segments if not s.undone))
+
+    def to_file(self, path: str | os.PathLike[str]) -> None:
+        """Write ``schedule.json``; a reader sees the old file or the new one, never half of one."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        draft.write_text(json.dumps(to_plain(self), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        draft.replace(target)
+
+    @staticmethod
+    def from_file(path: str | os.PathLike[str]) -> Tabulated:
+        """Read what :meth:`to_file` wrote.
+
+        Args:
+            path: the file, ``schedule.json`` by custom.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it does not hold a table.
+        """
+        try:
+            value = from_plain(json.loads(Path(path).read_text(encoding="utf-8")), (Segment,))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Expected a schedule written by Tabulated.to_file in {path}, got: {error}") from error
+        if not isinstance(value, Tabulated):
+            raise ValueError(f"Expected a schedule written by Tabulated.to_file in {path}, got {value!r:.200}.")
+        return value
