@@ -6,6 +6,7 @@ import bisect
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -135,16 +136,22 @@ class Joined(Schedule):
     def momentum_schedule(self) -> Schedule | None:
         """The momenta, joined; a piece without one keeps the momentum that it finds, or the first that comes."""
         momenta = [schedule.momentum_schedule() for schedule in self.schedules]
-        first = next((m for m in momenta if m is not None), None)
-        if first is None:
-            return None
-        if not self.is_resolved:
+        if any(momentum is not None for momentum in momenta) and not self.is_resolved:
             raise unresolved(self)
-        held, joined = first(0), []
-        for momentum, (start, stop) in zip(momenta, itertools.pairwise((*self._starts, math.inf)), strict=True):
-            joined.append(Constant(held) if momentum is None else momentum)
-            held = joined[-1](stop - start) if math.isfinite(stop) else held
-        return Joined(tuple(joined), self.boundaries)
+        return join_momenta(momenta, self._starts)
+
+
+def join_momenta(momenta: Sequence[Schedule | None], starts: Sequence[int]) -> Schedule | None:
+    """Momenta of pieces that begin at ``starts``, as one schedule; None where no piece has one."""
+    first = next((momentum for momentum in momenta if momentum is not None), None)
+    if first is None:
+        return None
+    held, joined = first(0), list[Schedule]()
+    for index, momentum in enumerate(momenta):
+        joined.append(Constant(held) if momentum is None else momentum)
+        if index + 1 < len(momenta):
+            held = joined[-1](starts[index + 1] - starts[index])
+    return Joined(tuple(joined), tuple(starts[1:]))
 
 
 @dataclass(frozen=True)

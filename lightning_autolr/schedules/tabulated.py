@@ -25,12 +25,16 @@ class Segment:
         shape: any schedule of factors; one with an open number of steps is stretched over the segment.
         undone: the steps were trained and then taken back: the weights from before the segment were restored. They
             count as steps all the same.
+        back_to: index of the segment before which the weights were, when they were put back before this segment.
+        momentum: momentum (SGD) or first beta (Adam family) at each step, or None to leave it alone.
     """
 
     num_steps: int
     lr: float
     shape: Schedule = field(default=Constant())
     undone: bool = False
+    back_to: int | None = None
+    momentum: Schedule | None = None
 
     def __post_init__(self) -> None:
         replace_field(self, "num_steps", as_count("num_steps", self.num_steps))
