@@ -106,6 +106,7 @@ class Probe:
             raise ValueError(
                 f"Expected num_steps, offset and draw >= 0, got {self.num_steps=}, {self.offset=} and {self.draw=}."
             )
+        _resolve_shape(self)
         if self.evaluate_every is not None and self.evaluate_every < 1:
             raise ValueError(f"Expected evaluate_every >= 1 or None, got {self.evaluate_every=}.")
 
@@ -176,6 +177,7 @@ class Train:
         _check_lr(self.lr)
         if self.num_steps is not None and self.num_steps < 1:
             raise ValueError(f"Expected num_steps >= 1 or None, got {self.num_steps=}.")
+        _resolve_shape(self)
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,12 @@ def _check_lr(lr: float) -> None:
         raise ValueError(f"Expected a finite learning rate > 0, got {lr=}.")
 
 
+def _resolve_shape(request: Probe | Train) -> None:
+    """An open shape is stretched over the request's own steps."""
+    if not request.shape.is_resolved and request.num_steps:
+        object.__setattr__(request, "shape", request.shape.stretched(request.num_steps))
+
+
 def encode(value: Any) -> Any:
     """Turn requests, answers and schedules into plain JSON values; :func:`decode` is its inverse.
 
@@ -276,7 +284,7 @@ def decode(value: Any) -> Any:
     return value
 
 
-_PLAIN = (Probe, LineProbe, Train, Evaluation, ProbeResult, LineResult, TrainResult, Segment)
+_PLAIN = (Segment, Probe, LineProbe, Train, Evaluation, ProbeResult, LineResult, TrainResult)
 
 
 def _subclasses(cls: type) -> Iterable[type]:

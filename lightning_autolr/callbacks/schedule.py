@@ -1,0 +1,60 @@
+"""A schedule that is known beforehand, written per optimizer step."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from typing_extensions import override
+
+from lightning_autolr.core.requests import Run
+from lightning_autolr.engine.driver import SearchCallback
+from lightning_autolr.engine.lr import OnScheduler
+from lightning_autolr.schedules import Schedule, Tabulated
+from lightning_autolr.search.fixed import Fixed
+
+__all__ = ["ScheduleCallback"]
+
+
+class ScheduleCallback(SearchCallback):
+    """Drives the learning rate from a schedule, so that configs can compare schedules without touching the module.
+
+    Steps are optimizer steps: accumulation is counted. Past its end a schedule stays at its last value. When a run is resumed
+    with another length, an open schedule is stretched over the new one.
+
+    Args:
+        schedule: any schedule, or one that a search found (``Tabulated.from_file(path)``), which is repeated bit for bit.
+        peak_lr: learning rate at factor 1; None is the one configured in the module. Unused by found schedules.
+        total_steps: optimizer steps to stretch an open schedule over; "auto" asks the Trainer.
+        on_scheduler: what to do with learning-rate schedulers of the module: "override", "multiply" or "error".
+        options: see :class:`~lightning_autolr.engine.driver.SearchCallback`.
+
+    Example::
+
+        Trainer(callbacks=[ScheduleCallback(Rex(), peak_lr=0.1)])
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        peak_lr: float | None = None,
+        total_steps: int | Literal["auto"] = "auto",
+        on_scheduler: OnScheduler = "override",
+        **options: Any,
+    ) -> None:
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"Expected a Schedule, got {schedule!r}. For a file pass `Tabulated.from_file(path)`.")
+        if peak_lr is not None and not peak_lr > 0:
+            raise ValueError(f"Expected peak_lr > 0 or None, got {peak_lr=}.")
+        super().__init__(total_steps=total_steps, on_scheduler=on_scheduler, **options)
+        self.schedule_to_follow = schedule
+        self.peak_lr = peak_lr
+
+    @override
+    def make_search(self, run: Run) -> Fixed:
+        return Fixed(self.schedule_to_follow, self.peak_lr)
+
+    @property
+    @override
+    def searches(self) -> bool:
+        followed = self.schedule_to_follow
+        return isinstance(followed, Tabulated) and any(s.back_to is not None for s in followed.segments)

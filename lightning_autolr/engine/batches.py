@@ -1,0 +1,229 @@
+"""Batches for private steps: from clones of the user's loaders, so that the real stream is not consumed.
+
+A *draw* is a sequence of batches that depends on nothing but the seed and the draw's number. All probes of one draw get the
+same batches in the same order. They are kept in memory as they come from the loader (at most ``cache_bytes`` of them; the
+rest is loaded anew for each probe).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+
+from lightning_autolr.engine import compat
+from lightning_autolr.engine.state import RandomState
+
+__all__ = ["Draws", "mix", "own_batch", "validation_batches"]
+
+
+def mix(*numbers: int) -> int:
+    """One seed out of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def own_batch(batch: Any) -> Any:
+    """A copy that a training step may write into without changing what the next candidate sees."""
+    return apply_to_collection(batch, Tensor, Tensor.clone)
+
+
+class Draws:
+    """The draws of one run.
+
+    Args:
+        trainer: the Trainer, inside ``fit``.
+        seed: the search's seed.
+        num_reserved: batches at the start of each draw that are held out from training.
+        loader: an own loader for probes; None is a clone of the training loader.
+        cache_bytes: how much of a draw may be kept in memory.
+    """
+
+    def __init__(
+        self, trainer: Any, seed: int, num_reserved: int = 0, loader: Any = None, cache_bytes: int = 2 << 30
+    ) -> None:
+        self._trainer, self._seed, self._loader, self._cache_bytes = trainer, seed, loader, cache_bytes
+        self.num_reserved = num_reserved
+        self._used: dict[int, int] = {}
+        self._current: tuple[int, _Batches] | None = None
+
+    def note(self, draw: int, num_batches: int) -> None:
+        """Remember how far a draw was read, so that later draws of an ordered stream begin after it."""
+        self._used[draw] = max(self._used.get(draw, 0), num_batches)
+
+    def training(self, draw: int, first: int, count: int) -> list[Any]:
+        """Batches ``first ... first + count - 1`` of those that may be trained on."""
+        return self._read(draw, self.num_reserved + first, count)
+
+    def held_out(self, draw: int) -> list[Any]:
+        """The batches of a draw that are never trained on in it (until its loader has run through)."""
+        return self._read(draw, 0, self.num_reserved)
+
+    def close(self) -> None:
+        """Forget the present draw's batches."""
+        self._current = None
+
+    def _read(self, draw: int, first: int, count: int) -> list[Any]:
+        if self._current is None or self._current[0] != draw:
+            self._current = None  # free the old draw's batches first
+            skip = sum(n for d, n in self._used.items() if d < draw)
+            self._current = (draw, _Batches(lambda number: self._one_pass(draw, number, skip), self._cache_bytes, self._rng(draw)))
+        self.note(draw, first + count)
+        return [own_batch(self._current[1][i]) for i in range(first, first + count)]
+
+    def _rng(self, draw: int) -> _OwnRandomness:
+        return _OwnRandomness(mix(self._seed, draw), self._trainer.strategy.root_device)
+
+    def _one_pass(self, draw: int, number: int, skip: int) -> Iterator[Any]:
+        """One run through the cloned loader."""
+        seed = mix(self._seed, draw, number)
+        if self._loader is not None:
+            return iter(_clone(self._loader, seed, draw, skip if number == 0 else 0, self._trainer))
+        combined = compat.combined_loader(self._trainer)
+        clones = [_clone(leaf, seed, draw, skip if number == 0 else 0, self._trainer) for leaf in combined.flattened]
+        limit = self._trainer.num_training_batches
+        batches = (batch for batch, _, _ in iter(compat.clone_combined(combined, clones)))
+        return itertools.islice(batches, None if limit == float("inf") else int(limit))
+
+
+class _OwnRandomness:
+    """Loading has random numbers of its own: a batch is the same whether it is loaded before, between or after steps."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._device = device
+        outside = RandomState(device)
+        RandomState.seed(seed, device)
+        self._state = RandomState(device)
+        outside.restore()
+
+    def run(self, load: Callable[[], Any]) -> Any:
+        outside = RandomState(self._device)
+        self._state.restore()
+        try:
+            return load()
+        finally:
+            self._state = RandomState(self._device)
+            outside.restore()
+
+
+class _Batches:
+    """Random access to an endless sequence of passes; the beginning is kept, the rest is loaded again when asked for."""
+
+    def __init__(self, one_pass: Callable[[int], Iterator[Any]], cache_bytes: int, randomness: _OwnRandomness) -> None:
+        self._one_pass, self._budget, self._randomness = one_pass, cache_bytes, randomness
+        self._at_start = copy.copy(randomness)
+        self._kept: list[Any] = []
+        self._stream = self._passes()
+        self._position = 0
+
+    def __getitem__(self, index: int) -> Any:
+        if index < len(self._kept):
+            return self._kept[index]
+        if index < self._position:
+            self._stream, self._position, self._randomness = self._passes(), 0, copy.copy(self._at_start)
+        while True:
+            batch = self._randomness.run(lambda: next(self._stream))
+            self._position += 1
+            if self._position == len(self._kept) + 1 and (size := _num_bytes(batch)) <= self._budget:
+                self._kept.append(batch)
+                self._budget -= size
+            if self._position == index + 1:
+                return batch
+
+    def _passes(self) -> Iterator[Any]:
+        for number in itertools.count():
+            empty = True
+            for batch in self._one_pass(number):
+                empty = False
+                if batch is not None:
+                    yield batch
+            if empty:
+                raise ValueError("Expected the training loader to yield batches for probes, got none.")
+
+
+def _num_bytes(batch: Any) -> int:
+    sizes: list[int] = []
+    apply_to_collection(batch, Tensor, lambda t: sizes.append(t.numel() * t.element_size()))
+    return sum(sizes)
+
+
+def validation_batches(trainer: Any, count: int | None, loaders: list[Any], seed: int) -> list[tuple[Any, int, int]]:
+    """The first ``count`` batches of each validation loader, as (batch, index, number of the loader)."""
+    randomness = _OwnRandomness(mix(seed), trainer.strategy.root_device)
+
+    def load() -> list[tuple[Any, int, int]]:
+        return [
+            (batch, i, number)
+            for number, loader in enumerate(loaders)
+            for i, batch in enumerate(itertools.islice(_clone(loader, mix(seed), 0, 0, trainer), count))
+        ]
+
+    batches: list[tuple[Any, int, int]] = randomness.run(load)
+    return batches
+
+
+def _clone(loader: Any, seed: int, draw: int, skip: int, trainer: Any) -> Iterable[Any]:
+    """A loader on the same data with its own iterator, samplers and generators."""
+    if not isinstance(loader, DataLoader):
+        if iter(loader) is loader:
+            raise ValueError(
+                f"Expected a loader that can be iterated twice, got {type(loader).__name__}, which is its own iterator. "
+                "Pass `probe_dataloader=` with batches for the probes."
+            )
+        return loader
+    clone = compat.clone_loader(loader)
+    if isinstance(loader.dataset, IterableDataset):
+        compat.set_in_loader(clone, dataset=copy.copy(loader.dataset), generator=_generator(seed))
+        return itertools.islice(clone, skip, None) if skip else clone
+    # Sampler chains are copied whole, less the data that they point to.
+    memo: dict[int, Any] = {id(loader.dataset): loader.dataset}
+    for held in (loader.sampler, loader.batch_sampler):
+        for name in ("data_source", "dataset"):
+            if held is not None and (data := getattr(held, name, None)) is not None and not hasattr(data, "_sampler"):
+                memo[id(data)] = data
+    if loader.generator is not None:
+        memo[id(loader.generator)] = _generator(seed)
+    batch_sampler, sampler = copy.deepcopy((loader.batch_sampler, loader.sampler), memo)
+    for copied in _chain(batch_sampler if batch_sampler is not None else sampler):
+        for value in vars(copied).values():
+            if isinstance(value, torch.Generator):
+                value.manual_seed(seed)
+        if hasattr(copied, "set_epoch"):
+            copied.set_epoch(10**6 + draw)  # no epoch of the run
+    if batch_sampler is not None and isinstance(loader.sampler, SequentialSampler) and len(batch_sampler) > 0:
+        batch_sampler = _Rotated(batch_sampler, skip % len(batch_sampler))
+    compat.set_in_loader(clone, batch_sampler=batch_sampler, sampler=sampler, generator=_generator(seed))
+    return clone
+
+
+class _Rotated:
+    """The batches of an ordered sampler, beginning later: another draw should not see the same first batches again."""
+
+    def __init__(self, batch_sampler: Any, skip: int) -> None:
+        self._batch_sampler, self._skip = batch_sampler, skip
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(iter(self._batch_sampler), self._skip, None)
+
+    def __len__(self) -> int:
+        return len(self._batch_sampler) - self._skip
+
+
+def _chain(sampler: Any) -> Iterator[Any]:
+    """A sampler and the samplers inside it."""
+    seen: set[int] = set()
+    while sampler is not None and id(sampler) not in seen and hasattr(sampler, "__dict__"):
+        seen.add(id(sampler))
+        yield sampler
+        inner = getattr(sampler, "sampler", None) or getattr(sampler, "_sampler", None)
+        sampler = inner if inner is not None else getattr(getattr(sampler, "dataset", None), "_sampler", None)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

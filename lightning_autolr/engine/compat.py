@@ -1,0 +1,110 @@
+"""Every private name of Lightning and torch that we depend on. A test asserts that each of them exists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+__all__ = [
+    "clone_combined",
+    "clone_loader",
+    "combined_loader",
+    "has_comm_hook",
+    "logger_step",
+    "local_tensor",
+    "on_before_batch_transfer",
+    "reshard",
+    "set_in_loader",
+    "takes_batch_idx",
+    "takes_dataloader_iter",
+    "val_loaders",
+]
+
+
+def logger_step(trainer: Any) -> int:
+    """The step at which Lightning logs: batches that stepped, which is not ``global_step`` with several optimizers."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def combined_loader(trainer: Any) -> Any:
+    """The training loader with its mode; ``trainer.train_dataloader`` has lost the mode of a user's CombinedLoader."""
+    return trainer.fit_loop._combined_loader
+
+
+def clone_combined(combined: Any, flattened: list[Any]) -> Any:
+    """A CombinedLoader of the same structure and mode over other loaders, without limits."""
+    clone = type(combined)(combined.iterables, mode=combined._mode)
+    clone.flattened = flattened
+    return clone
+
+
+def takes_dataloader_iter(trainer: Any) -> bool:
+    """Whether the module's ``training_step`` asks for the iterator instead of a batch."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return type(fetcher).__name__ == "_DataLoaderIterDataFetcher"
+
+
+def takes_batch_idx(step: Any) -> bool:
+    """Whether a ``training_step`` or ``validation_step`` asks for the batch index, by whatever name."""
+    return bool(is_param_in_hook_signature(step, "batch_idx", min_args=2))
+
+
+def val_loaders(trainer: Any) -> list[Any]:
+    """The validation loaders of a fit, set up now when Lightning would do so later (``check_val_every_n_epoch > 1``)."""
+    if trainer.val_dataloaders is None:
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+    return list(combined.flattened) if combined is not None else []
+
+
+def on_before_batch_transfer(module: Any, batch: Any, dataloader_idx: int = 0) -> Any:
+    """The module's and datamodule's hook, as the training loop calls it."""
+    return module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+
+
+def clone_loader(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A second DataLoader on the same dataset, sharing nothing with the iterator of the first.
+
+    ``persistent_workers`` must be off, or iterating the clone would reset the original's workers. The class is kept
+    (subclasses add behaviour), so ``__init__`` cannot be called.
+    """
+    clone: DataLoader[Any] = object.__new__(type(loader))
+    clone.__dict__.update(loader.__dict__)
+    clone.__dict__.update(_iterator=None, persistent_workers=False)
+    return clone
+
+
+def has_comm_hook(strategy: Any) -> bool:
+    """Whether DistributedDataParallel compresses gradients or averages models by a hook with a state of its own."""
+    return any(getattr(strategy, name, None) is not None for name in ("_ddp_comm_hook", "_ddp_comm_state", "_model_averager"))
+
+
+def set_in_loader(loader: DataLoader[Any], **attributes: Any) -> None:
+    """Set attributes that an initialized DataLoader refuses to have set."""
+    loader.__dict__.update(attributes)
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """A DTensor's local part (sharing its storage); any other tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return to_local() if to_local is not None else tensor
+
+
+def reshard(roots: Iterable[object]) -> None:
+    """Free the gathered parameters of FSDP2 modules, so that the shards are what is read and written.
+
+    After a forward without backward the root group stays gathered, and a copy into the shards would go unseen.
+    """
+    for module in _modules(roots):
+        if type(module).__name__.startswith("FSDP") and hasattr(module, "reshard"):
+            module.reshard()
+
+
+def _modules(roots: Iterable[object]) -> Iterator[nn.Module]:
+    for root in roots:
+        if isinstance(root, nn.Module):
+            yield from root.modules()

@@ -1,0 +1,557 @@
+"""The callback that runs a search inside a Trainer.
+
+Between two steps of the real training it asks the search what to do next, answers its probes, and sets the learning rate
+of the steps that follow. Everything a search was told stands in the trace; a resumed run tells it again.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_autolr.core.requests import (
+    Answer,
+    LineProbe,
+    Probe,
+    Request,
+    Requests,
+    Run,
+    Status,
+    Train,
+    TrainResult,
+    decode,
+    encode,
+)
+from lightning_autolr.engine import compat
+from lightning_autolr.engine.files import Place
+from lightning_autolr.engine.kept import dump_kept, load_kept
+from lightning_autolr.engine.lr import LearningRate, OnScheduler
+from lightning_autolr.engine.probe import ProbeOptions, Prober
+from lightning_autolr.engine.progress import Progress
+from lightning_autolr.engine.ranks import decide, gather, mean_over_ranks, strategy_is_distributed
+from lightning_autolr.engine.state import RandomState
+from lightning_autolr.engine.steps import steps_per_batch
+from lightning_autolr.report.trace import Entry, Record, read_trace, summary_of
+from lightning_autolr.schedules import Segment
+from lightning_autolr.search.base import AbstractSearch, ReplayError, replay
+
+__all__ = ["SearchCallback"]
+
+_TESTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
+_LOOK_EVERY = 10  # real steps between looks at the training loss, when somebody wants to know whether it diverges
+
+
+@dataclass
+class _Active:
+    """The real training that is going on."""
+
+    train: Train
+    start: str | None = None
+    steps_done: int = 0
+    global_step: int = 0
+    losses: list[float] = field(default_factory=list)
+    begun: float = 0.0
+
+
+class SearchCallback(Callback):
+    """Base of all callbacks of this package: runs a search, or a fixed schedule, inside a Trainer.
+
+    Args:
+        objective: what scores a candidate: the validation batches, training batches held out from the probe, or the
+            training loss itself.
+        monitor: name under which ``validation_step`` logs the score; the loss it returns is taken when it logs no such.
+        mode: whether less ("min") or more ("max") of it is better.
+        eval_batches: batches of each validation loader that score a candidate; None is all of them.
+        fork: where the copy of the training state lies: on its own "device", in pinned "cpu" memory, or on "disk" through
+            the Trainer's checkpoint I/O plugin.
+        on_scheduler: what to do with learning-rate schedulers that the module configured: "override" them with one
+            warning, "multiply" with what they do within a stage, or raise an "error".
+        total_steps: optimizer steps of the run; "auto" asks the Trainer.
+        count_search: count search steps in ``total_steps``: the run then ends when search and training together have
+            made that many. For comparisons at equal cost.
+        search_callbacks: callbacks of the Trainer that take part in private steps, since they change gradients.
+        probe_dataloader: batches for probes, when the training loader cannot be read twice.
+        allow_untested: run on strategies that we have not tested.
+        seed: seed of everything random in the search.
+
+    Raises:
+        ValueError: an argument out of its range.
+        MisconfigurationException: in ``setup``, a Trainer or module that cannot be served.
+    """
+
+    def __init__(
+        self,
+        *,
+        objective: Literal["validation", "holdout", "train"] = "validation",
+        monitor: str = "val_loss",
+        mode: Literal["min", "max"] = "min",
+        eval_batches: int | None = None,
+        fork: Place = "device",
+        on_scheduler: OnScheduler = "override",
+        total_steps: int | Literal["auto"] = "auto",
+        count_search: bool = False,
+        search_callbacks: Sequence[Callback] = (),
+        probe_dataloader: Any = None,
+        allow_untested: bool = False,
+        seed: int = 0,
+    ) -> None:
+        _check_choice("objective", objective, ("validation", "holdout", "train"))
+        _check_choice("mode", mode, ("min", "max"))
+        _check_choice("fork", fork, ("device", "cpu", "disk"))
+        _check_choice("on_scheduler", on_scheduler, ("override", "multiply", "error"))
+        if eval_batches is not None and eval_batches < 1:
+            raise ValueError(f"Expected eval_batches >= 1 or None, got {eval_batches=}.")
+        if total_steps != "auto" and not (isinstance(total_steps, int) and total_steps >= 1):
+            raise ValueError(f"Expected total_steps >= 1 or 'auto', got {total_steps=}.")
+        if seed < 0:
+            raise ValueError(f"Expected seed >= 0, got {seed=}.")
+        self.objective = objective
+        self.on_scheduler = on_scheduler
+        self.total_steps = total_steps
+        self.count_search = count_search
+        self.allow_untested = allow_untested
+        self.probe_options = ProbeOptions(
+            monitor=monitor,
+            mode=mode,
+            eval_batches=eval_batches,
+            holdout_batches=(eval_batches or 4) if objective == "holdout" else 0,
+            fork=fork,
+            seed=seed,
+            search_callbacks=tuple(search_callbacks),
+            probe_dataloader=probe_dataloader,
+        )
+        self._loaded: dict[str, Any] | None = None
+        self._trainer: Any = None
+
+    @abstractmethod
+    def make_search(self, run: Run) -> AbstractSearch:
+        """The search to run; called once at the start of training."""
+
+    @property
+    def searches(self) -> bool:
+        """Whether probes may be asked for. A fixed schedule needs no fork and works with every strategy."""
+        return True
+
+    # -- life cycle -------------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._check_trainer(trainer, pl_module)
+        # LearningRateMonitor reads the optimizer when a batch starts: it must do so after us.
+        callbacks = trainer.callbacks
+        monitors = [c for c in callbacks if isinstance(c, LearningRateMonitor)]
+        trainer.callbacks = _moved_behind(callbacks, monitors, self)
+
+    @override
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        configured = [type(c.scheduler).__name__ for c in trainer.lr_scheduler_configs]
+        if not configured:
+            return
+        if self.on_scheduler == "error":
+            raise MisconfigurationException(
+                f"Expected a module without learning-rate schedulers, got {configured}. Remove them from "
+                "`configure_optimizers`, or pass `on_scheduler='override'` or 'multiply'."
+            )
+        if self.on_scheduler == "override":
+            rank_zero_warn(
+                f"{type(self).__name__} overrides the learning rates of {', '.join(configured)}. Pass "
+                "`on_scheduler='multiply'` to combine both."
+            )
+
+    @override
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._trainer = trainer
+        state, self._loaded = self._loaded, None
+        self._lr = LearningRate(trainer.optimizers, self.on_scheduler == "multiply", state["lr"] if state else None)
+        self._progress = Progress(trainer)
+        self._prober = Prober(trainer, self._lr, self.probe_options, self._show)
+        log_dir = trainer.log_dir  # collective: asked for on every rank
+        folder = None if trainer.fast_dev_run or log_dir is None else os.path.join(log_dir, "autolr")
+        self._record = Record(folder if trainer.is_global_zero else None)
+        self._active: _Active | None = None
+        self._unread: list[Tensor] = []
+        self._micro_losses: list[Tensor] = []
+        self._kept_at: dict[str, int] = {}
+        self._back_to: int | None = None
+        self._leftover: list[Entry] = []
+        self._random_state: RandomState | None = None
+        self._warm = not strategy_is_distributed()
+        if state is not None:
+            self._resume(state)
+        self._requests: Requests | None = None
+        self._request: Request | None = None
+        self._start_search()
+        self._record.restart()
+
+    @override
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self._random_state is not None:
+            self._random_state.restore()
+            self._random_state = None
+        self._step_before = trainer.global_step
+        if batch_idx % steps_per_batch(trainer):
+            return
+        if not self._warm:
+            self._warm_up()
+        if self._active is None:
+            self._next_segment()
+        active = self._active
+        assert active is not None
+        step = active.steps_done
+        momentum = active.train.momentum(step) if active.train.momentum is not None else None
+        self._lr.set(active.train.lr * active.train.shape(step), momentum)
+        self._log(begins=step == 0)
+
+    @override
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        active = self._active
+        if active is None:
+            return
+        automatic = pl_module.automatic_optimization
+        loss = outputs.get("loss") if isinstance(outputs, dict) else None
+        if loss is not None:
+            # under automatic optimization the loop has divided by the accumulation
+            self._micro_losses.append(loss.detach().float().mean() * (trainer.accumulate_grad_batches if automatic else 1))
+        if automatic and trainer.global_step == self._step_before:
+            return
+        active.steps_done += 1
+        if self._micro_losses:
+            self._unread.append(torch.stack(self._micro_losses).mean())
+            self._micro_losses = []
+        finished = active.steps_done == active.train.num_steps
+        guarded = active.train.keep_start or active.train.stop_above is not None
+        if finished or (guarded and active.steps_done % _LOOK_EVERY == 0):
+            status = self._read_losses(active, guarded)
+            if finished or status is Status.DIVERGED:
+                self._close_segment(status)
+
+    @override
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        active, self._active = self._active, None
+        if active is not None and active.steps_done:
+            self._read_losses(active, guarded=False)
+            self._finish(active, Status.OK)
+        self._record.write_summary(self.summary)
+        if self.searches:
+            rank_zero_info(self._account())
+        self._lr.close()
+
+    @override
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self._trainer is not None and self._active is not None and self._active.steps_done:
+            self._record.write_schedule(self._segment(self._active))
+
+    @override
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self._trainer is not None:
+            self._lr.close()
+            for state in list(self._prober.kept):
+                self._prober.release(state)
+            self._trainer = None
+
+    # -- what the user may ask --------------------------------------------------------------------------------------
+
+    @property
+    def trace(self) -> list[Entry]:
+        """All answered requests so far."""
+        return list(self._record.trace)
+
+    @property
+    def schedule(self) -> tuple[Segment, ...]:
+        """What was trained so far, undone segments included."""
+        return tuple(self._record.segments)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Schedule steps, search steps, seconds in search, chosen learning rates."""
+        return summary_of(self._record.segments, self._prober.cost)
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors; called on every rank when a checkpoint is written."""
+        if self._trainer is None:
+            return self._loaded or {}
+        active = self._active
+        device = self._trainer.strategy.root_device
+        if active is not None and self._unread:
+            self._read_losses(active, guarded=False)
+        return {
+            "trace": [entry.to_json() for entry in self._record.trace],
+            "segments": [encode(s) for s in self._record.segments],
+            "active": None if active is None else {**vars(active), "train": encode(active.train)},
+            "kept_at": dict(self._kept_at),
+            "back_to": self._back_to,
+            "kept": dump_kept(self._trainer, self._prober),
+            "lr": self._lr.state_dict(),
+            "cost": vars(self._prober.cost).copy(),
+            "random_states": gather(RandomState(device).state_dict()),
+            "folder": self._record.folder or "",
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict or None
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        trainer = self._trainer
+        self._record.trace = [Entry.from_json(entry) for entry in state["trace"]]
+        self._record.segments = [decode(s) for s in state["segments"]]
+        if state["active"] is not None:
+            self._active = _Active(**{**state["active"], "train": decode(state["active"]["train"])})
+            self._active.begun = time.perf_counter()
+        self._kept_at, self._back_to = dict(state["kept_at"]), state["back_to"]
+        vars(self._prober.cost).update(state["cost"])
+        load_kept(trainer, self._prober, state["kept"])
+        for entry in self._record.trace:
+            if isinstance(entry.request, Probe):
+                count = steps_per_batch(trainer)
+                self._prober.draws.note(entry.request.draw, (entry.request.offset + entry.request.num_steps) * count)
+        ranks = state["random_states"]
+        if trainer.global_rank < len(ranks):
+            self._random_state = RandomState.from_state_dict(ranks[trainer.global_rank], trainer.strategy.root_device)
+        journal = os.path.join(state["folder"], "trace.jsonl")
+        if trainer.is_global_zero and state["folder"] and os.path.exists(journal):
+            self._leftover = read_trace(journal)[len(self._record.trace) :]
+
+    # -- the search -------------------------------------------------------------------------------------------------
+
+    def _start_search(self) -> None:
+        """Begin the search on rank 0, or bring it to where the trace ends."""
+        run = self._run()
+        if self._trainer.is_global_zero:
+            self._requests = self.make_search(run).requests(run)
+            self._request = replay(self._requests, [(e.request, e.answer) for e in self._record.trace])
+            if self._active is not None and self._request != self._active.train:
+                if self.searches or self._record.trace or not isinstance(self._request, Train):
+                    raise ReplayError(
+                        f"Expected the resumed search to go on with {self._active.train}, got {self._request}. Resume with the "
+                        "same options and length of training, or start without the callback's state."
+                    )
+                rank_zero_info(f"{type(self).__name__}: the schedule is stretched over the new length of the run.")
+                self._active.train = self._request
+        if self._active is not None and not self.searches:
+            self._active.train = decide(self._trainer.strategy, self._active.train)
+
+    def _run(self) -> Run:
+        trainer = self._trainer
+        batches = trainer.num_training_batches
+        return Run(
+            total_steps=self._known_total(),
+            lr=self._lr.reference,
+            has_validation=bool(trainer.enable_validation),
+            steps_per_epoch=None if batches == math.inf else math.ceil(batches / steps_per_batch(trainer)),
+            count_search=self.count_search,
+        )
+
+    def _known_total(self) -> int | None:
+        if self.total_steps != "auto":
+            return int(self.total_steps)
+        trainer = self._trainer
+        try:
+            total = trainer.estimated_stepping_batches
+        except MisconfigurationException:  # an accumulation that changes during the run
+            return None
+        if not trainer.lightning_module.automatic_optimization and trainer.max_steps != -1:
+            # Lightning counts the steps of each optimizer; we count batches
+            total = min(total, math.ceil(trainer.max_steps / len(trainer.optimizers)))
+        return None if total == math.inf else int(total)
+
+    def _next_segment(self) -> None:
+        """Answer probes until the search asks for real training, and begin it."""
+        trainer = self._trainer
+        request: Request | None = decide(trainer.strategy, self._request)
+        if isinstance(request, (Probe, LineProbe)):
+            begun = time.perf_counter()
+            with self._prober.session() as fingerprint:
+                while isinstance(request, (Probe, LineProbe)):
+                    self._tell(*self._answer(request, fingerprint))
+                    request = decide(trainer.strategy, self._request)
+            self._progress.clear()
+            self._prober.cost.seconds += time.perf_counter() - begun
+        if request is None:
+            request = Train(lr=self._last_lr(), num_steps=None, label="hold", reason="The search has ended.")
+        self._begin(request)
+
+    def _answer(self, request: Probe | LineProbe, fingerprint: str) -> tuple[Request, Answer, int, float, str]:
+        begun, step = time.perf_counter(), self._trainer.global_step
+        known = decide(self._trainer.strategy, self._already_answered(request, fingerprint))
+        if known is not None:
+            made = request.num_steps if isinstance(request, Probe) else request.horizon
+            self._prober.cost.steps += made
+            return request, known, step, 0.0, fingerprint
+        answer = self._prober.answer(request, f"state-{len(self._record.trace)}")
+        return request, answer, step, time.perf_counter() - begun, fingerprint
+
+    def _already_answered(self, request: Request, fingerprint: str) -> Answer | None:
+        """The answer of a probe that a killed run made from these very weights."""
+        if isinstance(request, Probe) and (request.keep_end or request.start is not None or request.release):
+            return None  # the state that belongs to it is gone
+        for entry in self._leftover:
+            same_place = entry.global_step == self._trainer.global_step and entry.fingerprint == fingerprint
+            if same_place and entry.request == request:
+                return entry.answer
+        return None
+
+    def _tell(self, request: Request, answer: Answer, global_step: int, seconds: float, fingerprint: str = "") -> None:
+        """Write the answer down and give it to the search."""
+        cost = self._prober.cost
+        self._record.add(Entry(request, answer, global_step, cost.steps + cost.steps_undone, seconds, fingerprint))
+        if self._requests is not None:
+            try:
+                self._request = self._requests.send(answer)
+            except StopIteration:
+                self._request = None
+
+    def _begin(self, train: Train) -> None:
+        """Begin a segment of real training."""
+        if train.start is not None:
+            self._go_back(train.start)
+        for state in train.release:
+            self._prober.release(state)
+            self._kept_at.pop(state, None)
+        start = None
+        if train.keep_start:
+            start = f"state-{len(self._record.trace)}"
+            self._prober.keep(start)
+            self._kept_at[start] = len(self._record.segments)
+        self._lr.start_segment()
+        self._active = _Active(train, start, global_step=self._trainer.global_step, begun=time.perf_counter())
+
+    def _go_back(self, state: str) -> None:
+        """Undo what was trained since ``state`` was kept."""
+        self._prober.resume_from(state)
+        if state in self._kept_at:
+            self._prober.cost.steps_undone += self._record.undo_since(self._kept_at[state])
+            self._back_to = self._kept_at[state]
+        else:
+            self._record.is_exact = False  # the end of a probe: its steps are in no segment
+            self._back_to = None
+
+    def _close_segment(self, status: Status) -> None:
+        active, self._active = self._active, None
+        assert active is not None
+        self._finish(active, status)
+        if self.count_search and decide(self._trainer.strategy, self._request is None):
+            self._trainer.should_stop = True
+
+    def _finish(self, active: _Active, status: Status) -> None:
+        self._record.add_segment(self._segment(active))
+        self._back_to = None
+        answer = TrainResult(tuple(active.losses), status, active.start)
+        self._tell(active.train, answer, active.global_step, time.perf_counter() - active.begun)
+
+    def _segment(self, active: _Active) -> Segment:
+        train = active.train
+        return Segment(active.steps_done, train.lr, train.shape, momentum=train.momentum, back_to=self._back_to)
+
+    def _read_losses(self, active: _Active, guarded: bool) -> Status:
+        new = mean_over_ranks(self._trainer.strategy, self._unread)
+        self._unread = []
+        active.losses.extend(new)
+        limit = math.inf if active.train.stop_above is None else active.train.stop_above
+        return Status.DIVERGED if guarded and any(not x <= limit for x in new) else Status.OK
+
+    def _warm_up(self) -> None:
+        """One private step that is thrown away.
+
+        DistributedDataParallel rebuilds its gradient buckets after the first backward, which changes the order of sums over
+        three and more ranks. Made in every run, with and without search, it makes both round alike.
+        """
+        with self._prober.session():
+            self._prober.answer(Probe(lr=self._lr.reference, num_steps=1, evaluate="none", label="warm-up"), "warm-up")
+        self._prober.cost.steps -= 1
+        self._warm = True
+
+    def _last_lr(self) -> float:
+        kept = [s for s in self._record.segments if not s.undone]
+        if not kept:
+            return self._lr.reference
+        last = kept[-1].lr * kept[-1].shape(kept[-1].num_steps)
+        return last if last > 0 else kept[-1].lr * max(kept[-1].shape(kept[-1].num_steps - 1), 1e-12)
+
+    # -- what the user sees -----------------------------------------------------------------------------------------
+
+    def _show(self, request: Probe | LineProbe, step: int) -> None:
+        steps = request.num_steps if isinstance(request, Probe) else request.horizon
+        name = type(self).__name__.removesuffix("Callback")
+        self._progress.show(f"{name} {request.label or f'stage {request.stage}'}, step {step // 10 * 10}/{steps}")
+
+    def _log(self, begins: bool) -> None:
+        trainer = self._trainer
+        step = compat.logger_step(trainer)
+        if begins or (step + 1) % trainer.log_every_n_steps == 0:
+            assert self._active is not None
+            cost = self._prober.cost
+            scalars = {"autolr/lr": self._lr.value, "autolr/stage": float(self._active.train.stage)}
+            if self.searches:
+                scalars["autolr/search_steps"] = float(cost.steps + cost.steps_undone)
+            for logger in trainer.loggers:
+                logger.log_metrics(scalars, step=step)
+
+    def _account(self) -> str:
+        summary = self.summary
+        share = summary["search_steps"] / max(1, summary["schedule_steps"])
+        lrs = ", ".join(f"{lr:.2e}" for lr in summary["learning_rates"][:12])
+        more = "" if len(summary["learning_rates"]) <= 12 else f" and {len(summary['learning_rates']) - 12} more"
+        where = f" It lies in {self._record.folder}." if self._record.folder else ""
+        return (
+            f"{type(self).__name__}: {summary['schedule_steps']} steps trained, {summary['search_steps']} steps of search "
+            f"({share:.0%}; {summary['undone_steps']} of them undone training), {summary['eval_batches']} evaluation batches, "
+            f"{summary['search_seconds']:.1f} s in search. Learning rates: {lrs}{more}.{where}"
+        )
+
+    def _check_trainer(self, trainer: Any, pl_module: Any) -> None:
+        if not self.searches:
+            return
+        kind = type(trainer.strategy)
+        if not self.allow_untested and not any(c.__name__ in _TESTED_STRATEGIES for c in kind.__mro__):
+            raise MisconfigurationException(
+                f"Expected a strategy out of {_TESTED_STRATEGIES}, got {kind.__name__}, whose training state lies where we "
+                "cannot copy it faithfully. Choose one of these, or pass `allow_untested=True` and compare with a run "
+                "without search."
+            )
+        if compat.has_comm_hook(trainer.strategy):
+            raise MisconfigurationException(
+                "Expected DistributedDataParallel without a communication hook, got one: its state cannot be put back."
+            )
+        if self.objective == "validation" and not trainer.enable_validation:
+            raise MisconfigurationException(
+                "Expected a `validation_step`, a validation dataloader and `limit_val_batches > 0` for "
+                "`objective='validation'`, got none. Add them, or pass `objective='holdout'` (training batches held out from "
+                "the probes) or 'train'."
+            )
+        if self.objective == "holdout" and not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                "Expected automatic optimization for `objective='holdout'`, got a manual one, whose `training_step` cannot be "
+                "evaluated without a step. Use `objective='validation'`."
+            )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"Expected {name} to be one of {choices}, got {value!r}.")
+
+
+def _moved_behind(callbacks: list[Callback], late: list[Any], first: Callback) -> list[Callback]:
+    """The callbacks with those in ``late`` that stand before ``first`` moved right behind it."""
+    position = callbacks.index(first)
+    early = [c for c in late if callbacks.index(c) < position]
+    rest = [c for c in callbacks if c not in early]
+    at = rest.index(first) + 1
+    return [*rest[:at], *early, *rest[at:]]

@@ -1,0 +1,94 @@
+"""Validation by hand: the loss of fixed batches, touching neither the Trainer's loops nor its results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_autolr.engine.batches import own_batch
+from lightning_autolr.engine.compat import takes_batch_idx
+from lightning_autolr.engine.quiet import LogSink
+from lightning_autolr.engine.steps import loss_of, returned_loss, to_device
+
+__all__ = ["evaluate", "evaluate_training_batches"]
+
+
+@torch.no_grad()
+def evaluate(trainer: Any, batches: Sequence[tuple[Any, int, int]], sink: LogSink, monitor: str) -> list[Tensor]:
+    """The monitored value of each validation batch.
+
+    It is what ``validation_step`` logs as ``monitor``, else what it returns, else what ``on_validation_epoch_end`` logs (one
+    value for all batches). Metrics that accumulate give one value too.
+
+    Raises:
+        ValueError: the monitored value is nowhere to be found.
+    """
+    module, strategy = trainer.lightning_module, trainer.strategy
+    module.eval()
+    several = len({number for _, _, number in batches}) > 1
+    takes_idx = takes_batch_idx(module.validation_step)
+    values: list[Tensor] = []
+    accumulated: Metric | None = None
+    logged: dict[str, Any] = {}
+    sink.take()
+    module.on_validation_epoch_start()
+    for raw, idx, number in batches:
+        sink.dataloader_idx = number if several else None
+        batch = to_device(trainer, own_batch(raw), number)
+        extra = ((idx, number) if several else (idx,)) if takes_idx else ()
+        module.on_validation_batch_start(batch, idx, number)
+        output = strategy.validation_step(batch, *extra)
+        module.on_validation_batch_end(output, batch, idx, number)
+        logged = sink.take()
+        value = logged.get(monitor)
+        if isinstance(value, Metric):
+            accumulated = value
+        elif value is not None:
+            values.append(torch.as_tensor(value, dtype=torch.float32, device=strategy.root_device).mean())
+        elif monitor not in logged and (number == 0 or f"dataloader_idx_{number}" in monitor):
+            loss = returned_loss(output)
+            if loss is not None:
+                values.append(torch.as_tensor(loss, device=strategy.root_device).float().mean())
+    sink.dataloader_idx = None
+    module.on_validation_epoch_end()
+    at_end = sink.take().get(monitor)
+    if accumulated is not None or isinstance(at_end, Metric):
+        metric = at_end if isinstance(at_end, Metric) else accumulated
+        return [torch.as_tensor(metric.compute()).float().mean()]  # type: ignore[union-attr]
+    if at_end is not None:
+        return [torch.as_tensor(at_end, device=strategy.root_device).float().mean()]
+    if not values:
+        raise ValueError(
+            f"Expected `validation_step` to log {monitor!r} or to return a loss, got neither; the last batch logged "
+            f"{sorted(logged)}. Set `monitor=` to one of these, or choose `objective='holdout'` or 'train'."
+        )
+    return values
+
+
+@torch.no_grad()
+def evaluate_training_batches(
+    trainer: Any, batches: Sequence[Any], sink: LogSink, training: bool = False
+) -> list[Tensor]:
+    """The training loss of each batch, without a step; in evaluation mode unless ``training``.
+
+    Raises:
+        ValueError: ``training_step`` gave no loss.
+    """
+    module = trainer.lightning_module
+    if not training:
+        module.eval()
+    takes_idx = takes_batch_idx(module.training_step)
+    losses = []
+    for idx, raw in enumerate(batches):
+        batch = to_device(trainer, raw)
+        output = trainer.strategy.training_step(batch, *((idx,) if takes_idx else ()))
+        if (loss := loss_of(output, sink.take())) is None:
+            raise ValueError("Expected `training_step` to return a loss or to log one, got neither.")
+        losses.append(loss.float().mean())
+    return losses
+
+

@@ -1,0 +1,61 @@
+"""Kept states in checkpoints, so that a stage can still be undone after a resume.
+
+A fork holds the live objects by identity, which no file can. What goes into a checkpoint is the state as Lightning would
+save it, taken with the kept state put in place for a moment.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from lightning_autolr.engine.probe import Prober
+
+__all__ = ["dump_kept", "load_kept"]
+
+
+def dump_kept(trainer: Any, prober: Prober) -> dict[str, Any]:
+    """Each kept state as tensors and plain values."""
+    if not prober.kept:
+        return {}
+    with prober.set_aside():
+        states = {}
+        for name, fork in prober.kept.items():
+            fork.restore()
+            states[name] = _dump(trainer)
+    return states
+
+
+def load_kept(trainer: Any, prober: Prober, states: dict[str, Any]) -> None:
+    """Keep the states of a checkpoint again."""
+    with prober.set_aside():
+        for name, state in states.items():
+            _load(trainer, state)
+            prober.keep(name)
+
+
+@torch.no_grad()
+def _dump(trainer: Any) -> dict[str, Any]:
+    module = trainer.lightning_module
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return copy.deepcopy(
+        {
+            "tensors": {name: tensor.detach() for name, tensor in tensors.items()},
+            "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+            "precision": trainer.precision_plugin.state_dict(),
+        }
+    )
+
+
+@torch.no_grad()
+def _load(trainer: Any, state: dict[str, Any]) -> None:
+    module = trainer.lightning_module
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, tensor in state["tensors"].items():
+        tensors[name].copy_(tensor)
+    for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(copy.deepcopy(saved))
+    if state["precision"]:
+        trainer.precision_plugin.load_state_dict(state["precision"])

@@ -1,0 +1,338 @@
+"""Answers what a search asks for, inside a Trainer, and leaves no trace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from lightning_autolr.core.requests import Evaluation, LineProbe, LineResult, Probe, ProbeResult, Status
+from lightning_autolr.engine.batches import Draws, mix, validation_batches
+from lightning_autolr.engine.compat import local_tensor, val_loaders
+from lightning_autolr.engine.evaluate import evaluate, evaluate_training_batches
+from lightning_autolr.engine.files import Place, make_store
+from lightning_autolr.engine.lr import LearningRate
+from lightning_autolr.engine.quiet import LogSink, quiet
+from lightning_autolr.engine.ranks import mean_over_ranks, smallest
+from lightning_autolr.engine.state import Fork, RandomState, take_gradients
+from lightning_autolr.engine.steps import private_step, steps_per_batch, to_device
+
+__all__ = ["ProbeOptions", "Prober"]
+
+_LOOK_EVERY = 10  # steps between looks at the losses: each look waits for the device
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """How probes are made.
+
+    Args:
+        monitor: name of the validation value that scores a candidate.
+        mode: whether less or more of it is better.
+        eval_batches: batches of each validation loader that score a candidate; None is all of them.
+        holdout_batches: training batches held out of each draw (``objective="holdout"``).
+        fork: where the copy of the training state lies.
+        seed: seed of the draws and of the random numbers in probes.
+        search_callbacks: callbacks that take part in private steps, since they change gradients.
+        probe_dataloader: batches for probes, when the training loader cannot be read twice.
+        cache_bytes: memory for a draw's batches.
+    """
+
+    monitor: str = "val_loss"
+    mode: Literal["min", "max"] = "min"
+    eval_batches: int | None = None
+    holdout_batches: int = 0
+    fork: Place = "device"
+    seed: int = 0
+    search_callbacks: Sequence[Callback] = ()
+    probe_dataloader: Any = None
+    cache_bytes: int = 2 << 30
+
+
+@dataclass
+class Cost:
+    """What the search used up."""
+
+    steps: int = 0
+    eval_batches: int = 0
+    seconds: float = 0.0
+    steps_undone: int = 0
+
+
+class Prober:
+    """Answers ``Probe`` and ``LineProbe`` between two steps of the real training.
+
+    Args:
+        trainer: the Trainer, in ``fit``, at an accumulation boundary whenever something is asked.
+        lr: writes the learning rates.
+        options: how probes are made.
+        progress: called before each step with the request and the step's number.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        lr: LearningRate,
+        options: ProbeOptions,
+        progress: Callable[[Probe | LineProbe, int], None] = lambda request, step: None,
+    ) -> None:
+        self._trainer, self._lr, self._options, self._progress = trainer, lr, options, progress
+        self._module, self._strategy = trainer.lightning_module, trainer.strategy
+        self._here = self._new_fork()
+        self._kept: dict[str, Fork] = {}
+        self._at: str | None = None  # the state we are in: "here", a kept id, or None when it was trained on
+        self._sink: LogSink | None = None
+        self._validation: list[tuple[Any, int, int]] | None = None
+        self._is_linear: bool | None = None
+        self.draws = Draws(
+            trainer, options.seed, options.holdout_batches, options.probe_dataloader, options.cache_bytes
+        )
+        self.cost = Cost()
+
+    @contextmanager
+    def session(self) -> Iterator[str]:
+        """A row of probes from one moment of the run. Yields the fingerprint of the weights."""
+        manual = not self._module.automatic_optimization
+        random_state = RandomState(self._strategy.root_device)
+        # At an accumulation boundary automatic optimization has no use for old gradients; a manual one may.
+        grads = list(take_gradients(self._module.parameters()))
+        if not manual:
+            grads = []
+        with quiet(self._trainer, self._module, list(self._options.search_callbacks)) as sink:
+            self._here.capture()
+            self._at, self._sink = "here", sink
+            try:
+                yield self._here.fingerprint()
+            finally:
+                self._go_to("here")
+                self._at = self._sink = None
+                for parameter in self._module.parameters():
+                    parameter.grad = None
+                for parameter, grad in grads:
+                    parameter.grad = grad
+                random_state.restore()
+                self.draws.close()
+
+    def answer(self, request: Probe | LineProbe, new_id: str) -> ProbeResult | LineResult:
+        """Answer one request; inside a session only."""
+        result = self._probe(request, new_id) if isinstance(request, Probe) else self._line_probe(request)
+        for state in request.release if isinstance(request, Probe) else ():
+            self.release(state)
+        return result
+
+    def keep(self, new_id: str) -> None:
+        """Keep the present state of the real run."""
+        self._kept[new_id] = self._new_fork()
+        self._kept[new_id].capture()
+
+    def resume_from(self, state: str) -> None:
+        """Make a kept state the state of the real run."""
+        self._known(state).restore()
+
+    def release(self, state: str) -> None:
+        """Drop a kept state."""
+        self._known(state).release()
+        del self._kept[state]
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Put the present state back at the end of the block."""
+        present = self._new_fork()
+        present.capture()
+        try:
+            yield
+        finally:
+            present.restore()
+            present.release()
+
+    @property
+    def kept(self) -> dict[str, Fork]:
+        return self._kept
+
+    def _new_fork(self) -> Fork:
+        trainer = self._trainer
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        roots = [self._module, *trainer.optimizers, *schedulers, getattr(trainer.precision_plugin, "scaler", None)]
+        return Fork(roots, make_store(self._options.fork, self._strategy.checkpoint_io))
+
+    def _known(self, state: str) -> Fork:
+        if state not in self._kept:
+            raise KeyError(f"Expected the id of a kept state out of {sorted(self._kept)}, got {state!r}.")
+        return self._kept[state]
+
+    def _go_to(self, state: str) -> None:
+        if self._at != state:
+            (self._here if state == "here" else self._known(state)).restore()
+            for parameter in self._module.parameters():
+                parameter.grad = None
+            self._at = state
+
+    def _probe(self, request: Probe, new_id: str) -> ProbeResult:
+        self._go_to(request.start or "here")
+        self._seed(request.draw, request.offset)
+        losses: list[float] = []
+        evaluations: list[Evaluation] = []
+        status = Status.OK
+        unread: list[Tensor] = []
+
+        def read() -> Status:
+            new = mean_over_ranks(self._strategy, unread)
+            unread.clear()
+            limit = math.inf if request.stop_above is None else request.stop_above
+            bad = next((i for i, x in enumerate(new) if not math.isfinite(x) or x > limit), None)
+            losses.extend(new if bad is None else new[: bad + 1])
+            return Status.OK if bad is None else Status.DIVERGED
+
+        for step in range(request.num_steps):
+            self._progress(request, step)
+            self._lr.set(request.lr * request.shape(step))
+            try:
+                loss = self._step(request.draw, request.offset + step)
+            except (ArithmeticError, RuntimeError, ValueError):
+                if self._weights_are_finite():
+                    raise
+                status = Status.DIVERGED  # user code that refuses to work with NaN
+                break
+            if loss is not None:
+                unread.append(loss)
+            due = request.evaluate_every and (step + 1) % request.evaluate_every == 0 and step + 1 < request.num_steps
+            if due or (step + 1) % _LOOK_EVERY == 0 or step + 1 == request.num_steps:
+                status = read()
+                if status is Status.DIVERGED:
+                    break
+            if due:
+                evaluations.append(Evaluation(step + 1, tuple(self._evaluate(request))))
+        if request.keep_end:
+            self._kept[new_id] = self._new_fork()
+            self._kept[new_id].capture()
+        if status is Status.OK and request.evaluate != "none":
+            evaluations.append(Evaluation(request.num_steps, tuple(self._evaluate(request))))
+        return ProbeResult(tuple(losses), tuple(evaluations), status, new_id if request.keep_end else None)
+
+    def _step(self, draw: int, step: int) -> Tensor | None:
+        """One private step on the draw's batches for ``step``."""
+        self._at = None
+        count = steps_per_batch(self._trainer)
+        batches = [to_device(self._trainer, b) for b in self.draws.training(draw, step * count, count)]
+        self.cost.steps += 1
+        assert self._sink is not None
+        return private_step(self._trainer, batches, step * count, self._sink)
+
+    def _evaluate(self, request: Probe) -> list[float]:
+        """Losses of the evaluation batches. Random numbers and train/eval flags are as before afterwards."""
+        assert self._sink is not None
+        self._at = None
+        modes = [(m, m.training) for m in self._module.modules()]
+        random_state = RandomState(self._strategy.root_device)
+        if request.evaluate == "validation":
+            values = evaluate(self._trainer, self._validation_batches(), self._sink, self._options.monitor)
+            self.cost.eval_batches += len(self._validation_batches())
+        else:
+            values = evaluate_training_batches(self._trainer, self.draws.held_out(request.draw), self._sink)
+            self.cost.eval_batches += len(values)
+        for module, mode in modes:
+            module.training = mode
+        random_state.restore()
+        sign = -1.0 if self._options.mode == "max" and request.evaluate == "validation" else 1.0
+        return [sign * value for value in mean_over_ranks(self._strategy, values)]
+
+    def _validation_batches(self) -> list[tuple[Any, int, int]]:
+        if self._validation is None:
+            batches = validation_batches(
+                self._trainer, self._options.eval_batches, val_loaders(self._trainer), self._options.seed
+            )
+            # Forward passes are collective on several ranks: all make the same number of them.
+            self._validation = batches[: smallest(self._strategy, len(batches))]
+        return self._validation
+
+    def _line_probe(self, request: LineProbe) -> LineResult:
+        if request.exact:
+            losses = [self._line_loss(request, factor) for factor in (0.0, *request.factors)]
+        else:
+            losses = self._losses_along(request)
+        return LineResult(losses[0], tuple(losses[1:]))
+
+    @torch.no_grad()
+    def _losses_along(self, request: LineProbe) -> list[float]:
+        """Losses at ``weights + factor * update``; one more copy of the weights in memory."""
+        if self._is_linear is None:
+            self._is_linear = self._check_linear(request)
+        if not self._is_linear:
+            kinds = [type(o).__name__ for o in self._trainer.optimizers]
+            raise ValueError(
+                f"Expected an optimizer whose update is proportional to its learning rate, got {kinds}. Pass `exact=True` to "
+                "make one real step per factor instead."
+            )
+        update = self._update(request, request.lr, request.horizon)
+        weights = [local_tensor(p) for p in self._module.parameters()]
+        losses, at = [], 0.0
+        for factor in (0.0, *request.factors):
+            torch._foreach_add_(weights, update, alpha=factor - at)
+            at, self._at = factor, None
+            losses.append(self._line_evaluation(request))
+        return losses
+
+    def _check_linear(self, request: LineProbe) -> bool:
+        once, twice = (self._update(request, scale * request.lr, 1) for scale in (1.0, 2.0))
+        error = sum(float((2 * a - b).double().square().sum()) for a, b in zip(once, twice, strict=True))
+        size = sum(float(b.double().square().sum()) for b in twice)
+        return error <= 1e-4 * size
+
+    @torch.no_grad()
+    def _update(self, request: LineProbe, lr: float, num_steps: int) -> list[Tensor]:
+        """What ``num_steps`` steps add to the weights. Leaves the weights as they were."""
+        self._go_to("here")
+        weights = [local_tensor(p) for p in self._module.parameters()]
+        before = [w.detach().clone() for w in weights]
+        self._make_steps(request, lr, num_steps)
+        torch._foreach_neg_(before)
+        torch._foreach_add_(before, weights)
+        self._go_to("here")
+        return before
+
+    def _line_loss(self, request: LineProbe, factor: float) -> float:
+        """The loss after real steps at ``lr * factor``."""
+        self._go_to("here")
+        if factor > 0:
+            self._make_steps(request, request.lr * factor, request.horizon)
+        return self._line_evaluation(request)
+
+    def _make_steps(self, request: LineProbe, lr: float, num_steps: int) -> None:
+        self._seed(request.draw, 0)
+        with torch.enable_grad():
+            for step in range(num_steps):
+                self._progress(request, step)
+                self._lr.set(lr)
+                self._step(request.draw, step)
+
+    @torch.no_grad()
+    def _line_evaluation(self, request: LineProbe) -> float:
+        assert self._sink is not None
+        self._seed(request.draw, 0)
+        if request.evaluate_on == "validation":
+            losses = self._evaluate(Probe(lr=request.lr, num_steps=0))
+            return math.fsum(losses) / len(losses)
+        if not self._module.automatic_optimization:
+            raise ValueError("Expected `evaluate_on='validation'` under manual optimization, whose training step updates.")
+        count = steps_per_batch(self._trainer)
+        step = request.horizon - (request.evaluate_on == "same")
+        batches = self.draws.training(request.draw, step * count, count)
+        # In training mode, as the real forward will be; batch statistics go into buffers that are put back.
+        values = evaluate_training_batches(self._trainer, batches, self._sink, training=True)
+        self.cost.eval_batches += len(values)
+        means = mean_over_ranks(self._strategy, values)
+        return math.fsum(means) / len(means)
+
+    def _seed(self, draw: int, offset: int) -> None:
+        """The same random numbers for every candidate of a draw; other ones on each rank, as in training."""
+        RandomState.seed(mix(self._options.seed, draw, offset, 1 + self._trainer.global_rank), self._strategy.root_device)
+
+    @torch.no_grad()
+    def _weights_are_finite(self) -> bool:
+        return all(bool(torch.isfinite(local_tensor(p)).all()) for p in self._module.parameters())

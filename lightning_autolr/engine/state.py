@@ -1,0 +1,256 @@
+"""Capture a training state and put it back, bit for bit, into the very same objects.
+
+A *fork* walks everything that training can change (modules with all their buffers and plain attributes, optimizers,
+learning-rate schedulers, the gradient scaler), copies what it finds into buffers that are used again for the next fork, and
+on restore puts the original objects back with their contents restored in place. Aliases therefore survive: the metric
+compute groups of torchmetrics, learning rates that are tensors, what a compiled graph guards or a CUDA graph captured.
+
+``load_state_dict`` is not used: for an optimizer it aliases the saved tensors, casts them to the parameter's dtype and
+replaces the live ones; and what is not in a state dict (non-persistent buffers, metric states, counters) would be lost.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_autolr.engine.compat import local_tensor, reshard
+from lightning_autolr.engine.files import Store
+
+__all__ = ["Fork", "RandomState", "take_gradients"]
+
+# Not part of a training state: who owns the module, and the sink that stands in for `log` while a search is running.
+_LEFT_ALONE = frozenset({"_trainer", "_fabric", "log"})
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size)
+_WALKED = (nn.Module, Optimizer, LRScheduler, torch.amp.GradScaler, SimpleNamespace)
+
+
+class Fork:
+    """One captured training state.
+
+    Args:
+        roots: the modules, optimizers, schedulers and scalers to capture.
+        store: where the copied tensors lie.
+    """
+
+    def __init__(self, roots: Iterable[object], store: Store) -> None:
+        self._roots = [root for root in roots if root is not None]
+        self._store = store
+        self._tensors: list[Tensor] = []
+        self._put_back: list[Callable[[], None]] = []
+
+    @torch.no_grad()
+    def capture(self) -> None:
+        """Copy the present state, into the buffers of the last capture where they fit."""
+        reshard(self._roots)
+        walk = _Walk()
+        for root in self._roots:
+            walk.visit(root)
+        self._tensors, self._put_back = walk.tensors, walk.put_back
+        self._store.save([_storage_view(t) for t in self._tensors])
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the captured objects and their contents back. May be called any number of times."""
+        reshard(self._roots)
+        for put_back in self._put_back:
+            put_back()
+        self._store.load([_storage_view(t) for t in self._tensors])
+
+    def release(self) -> None:
+        """Drop the copies."""
+        self._tensors, self._put_back = [], []
+        self._store.clear()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all captured tensors."""
+        return sum(t.numel() * t.element_size() for t in map(_storage_view, self._tensors))
+
+    @torch.no_grad()
+    def fingerprint(self) -> str:
+        """A short text that is equal for equal trainable weights; one reduction on the device."""
+        sums = [_storage_view(t).double().sum() for t in self._tensors if isinstance(t, nn.Parameter)]
+        if not sums:
+            return ""
+        total = torch.stack([s.to(sums[0].device) for s in sums])
+        weights = torch.arange(1, len(sums) + 1, dtype=torch.float64, device=total.device)
+        return float((total * weights).sum()).hex()
+
+
+class _Walk:
+    """Visits each reachable object once; collects tensors, and how to put everything else back."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.put_back: list[Callable[[], None]] = []
+        self._seen: dict[int, object] = {}  # keeps the objects alive, so that ids stay theirs
+
+    def visit(self, obj: Any) -> None:
+        if isinstance(obj, _PLAIN) or id(obj) in self._seen:
+            return
+        self._seen[id(obj)] = obj
+        if isinstance(obj, Tensor):
+            self._visit_tensor(obj)
+        elif isinstance(obj, dict):
+            self._visit_dict(obj)
+        elif isinstance(obj, (list, deque, set)):
+            self._visit_sequence(obj)
+        elif isinstance(obj, tuple):
+            self._visit_all(obj)
+        elif isinstance(obj, _WALKED) or (dataclasses.is_dataclass(obj) and not isinstance(obj, type)):
+            self._visit_dict(vars(obj) if hasattr(obj, "__dict__") else {}, _LEFT_ALONE)
+            self._visit_own_state(obj)
+        elif (state := _opaque_state(obj)) is not None:
+            self.put_back.append(state)
+
+    def _visit_all(self, items: Iterable[Any]) -> None:
+        for item in items:
+            self.visit(item)
+
+    def _visit_tensor(self, tensor: Tensor) -> None:
+        if tensor.is_meta or isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            return
+        if tensor.is_leaf:
+            flag = tensor.requires_grad
+            self.put_back.append(lambda: tensor.requires_grad_(flag) if tensor.requires_grad != flag else None)
+        elif tensor.grad_fn is not None:
+            return  # part of a live graph: training does not write into it, and writing would break its backward
+        self.tensors.append(tensor)
+
+    def _visit_dict(self, obj: dict[Any, Any], left_alone: frozenset[str] = frozenset()) -> None:
+        items = {key: value for key, value in obj.items() if key not in left_alone}
+
+        def put_back() -> None:
+            now = [(key, value) for key, value in obj.items() if key not in left_alone]
+            if len(now) == len(items) and all(
+                a is b and v is w for (a, v), (b, w) in zip(now, items.items(), strict=True)
+            ):
+                return
+            others = {key: obj[key] for key in left_alone if key in obj}
+            obj.clear()
+            obj.update(items)
+            obj.update(others)
+
+        self.put_back.append(put_back)
+        for value in items.values():
+            self.visit(value)
+
+    def _visit_sequence(self, obj: Any) -> None:
+        items = list(obj)
+
+        def put_back() -> None:
+            if isinstance(obj, set) or len(obj) != len(items) or any(a is not b for a, b in zip(obj, items, strict=True)):
+                obj.clear()
+                obj.update(items) if isinstance(obj, set) else obj.extend(items)
+
+        self.put_back.append(put_back)
+        self._visit_all(items)
+
+    def _visit_own_state(self, obj: Any) -> None:
+        """A module may hold what no walk can see; it can hand it over by itself."""
+        if hasattr(obj, "autolr_state_dict"):
+            saved = copy.deepcopy(obj.autolr_state_dict())
+            self.put_back.append(lambda: obj.autolr_load_state_dict(copy.deepcopy(saved)))
+
+
+def _opaque_state(obj: Any) -> Callable[[], None] | None:
+    """How to put back an object whose state is reached through its own methods; None for what is left alone."""
+    if isinstance(obj, np.ndarray):
+        array = obj.copy()
+        return lambda: np.copyto(obj, array)
+    if isinstance(obj, torch.Generator):
+        state = obj.get_state()
+        return lambda: obj.set_state(state) and None
+    if isinstance(obj, np.random.Generator):
+        numpy_state = copy.deepcopy(obj.bit_generator.state)
+        return lambda: setattr(obj.bit_generator, "state", numpy_state)
+    if isinstance(obj, np.random.RandomState):
+        legacy_state = obj.get_state()
+        return lambda: obj.set_state(legacy_state)
+    if isinstance(obj, random.Random):
+        python_state = obj.getstate()
+        return lambda: obj.setstate(python_state)
+    return None
+
+
+def _storage_view(tensor: Tensor) -> Tensor:
+    """A plain tensor on the same memory: a DTensor's local part, or the whole storage where elements overlap."""
+    tensor = local_tensor(tensor)
+    if tensor.layout is torch.strided and any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+        return tensor.detach().new_empty(0).set_(tensor.untyped_storage())  # type: ignore[call-overload,no-any-return]
+    return tensor.detach()
+
+
+class RandomState:
+    """The random number generators of this process: Python, NumPy, torch on the CPU and on the training device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._python = random.getstate()
+        self._numpy = np.random.get_state()
+        self._torch = torch.get_rng_state()
+        self._accelerator = _module_of(device).get_rng_state(device) if _module_of(device) else None
+
+    def restore(self) -> None:
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._torch)
+        if self._accelerator is not None:
+            _module_of(self._device).set_rng_state(self._accelerator, self._device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors, so that ``torch.load(weights_only=True)`` reads them."""
+        kind, keys, position, has_gauss, gauss = self._numpy
+        numpy_state = [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(gauss)]
+        return {"python": self._python, "numpy": numpy_state, "torch": self._torch, "accelerator": self._accelerator}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> RandomState:
+        self = cls(device)
+        version, internal, gauss = state["python"]
+        self._python = (version, tuple(internal), gauss)
+        kind, keys, position, has_gauss, cached = state["numpy"]
+        self._numpy = (kind, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached)
+        self._torch = state["torch"].cpu()
+        if self._accelerator is not None and state["accelerator"] is not None:
+            self._accelerator = state["accelerator"].cpu()
+        return self
+
+    @staticmethod
+    def seed(seed: int, device: torch.device) -> None:
+        """Seed all of them, and no other device's."""
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        if accelerator := _module_of(device):
+            with torch.device(device):
+                accelerator.manual_seed(seed)
+
+
+def _module_of(device: torch.device) -> Any:
+    """``torch.cuda`` and its like, or None on the CPU and on devices without generators."""
+    module = getattr(torch, device.type, None)
+    return module if device.type != "cpu" and hasattr(module, "get_rng_state") else None
+
+
+def take_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Set all gradients to None and yield the ones there were.
+
+    Views into a bucket of DistributedDataParallel would be overwritten by private steps, so these are copied.
+    """
+    for parameter in parameters:
+        if parameter.grad is not None:
+            grad, parameter.grad = parameter.grad, None
+            yield parameter, grad.clone() if grad._is_view() else grad

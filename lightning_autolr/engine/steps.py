@@ -1,0 +1,98 @@
+"""Private optimizer steps: what the Trainer's loop does for a batch, without the loop.
+
+They are made of strategy and module methods, so that none of the Trainer's counters move: those live in the loop objects.
+``trainer.global_step`` as the module sees it therefore stands still during a search.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_autolr.engine.compat import on_before_batch_transfer, takes_batch_idx, takes_dataloader_iter
+from lightning_autolr.engine.quiet import LogSink
+
+__all__ = ["loss_of", "returned_loss", "private_step", "steps_per_batch", "to_device"]
+
+
+def to_device(trainer: Any, batch: Any, dataloader_idx: int = 0) -> Any:
+    """Move a batch as the training loop does."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = on_before_batch_transfer(trainer.lightning_module, batch, dataloader_idx)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
+
+
+def steps_per_batch(trainer: Any) -> int:
+    """Batches that one step takes: the accumulation under automatic, one under manual optimization."""
+    return int(trainer.accumulate_grad_batches) if trainer.lightning_module.automatic_optimization else 1
+
+
+def private_step(trainer: Any, batches: Sequence[Any], first_idx: int, sink: LogSink) -> Tensor | None:
+    """Make one step on ``batches`` (already on the device).
+
+    Returns:
+        The mean training loss before the step, 0-dim and detached; None when the module returns none and logs none.
+    """
+    module = trainer.lightning_module
+    for offset, batch in enumerate(batches):
+        module.on_train_batch_start(batch, first_idx + offset)
+    if module.automatic_optimization:
+        losses = _automatic(trainer, batches, first_idx, sink)
+    else:
+        losses = [loss_of(trainer.strategy.training_step(*_arguments(trainer, batches[0], first_idx)), sink.take())]
+    for offset, batch in enumerate(batches):
+        module.on_train_batch_end({}, batch, first_idx + offset)
+    found = [loss.detach().float().mean() for loss in losses if loss is not None]
+    return torch.stack(found).mean() if found else None
+
+
+def _automatic(trainer: Any, batches: Sequence[Any], first_idx: int, sink: LogSink) -> list[Tensor | None]:
+    strategy, module = trainer.strategy, trainer.lightning_module
+    optimizer = module.optimizers()
+    raw = trainer.optimizers[0]
+    losses: list[Tensor | None] = []
+
+    def micro_step(offset: int) -> Tensor | None:
+        output = strategy.training_step(*_arguments(trainer, batches[offset], first_idx + offset))
+        loss = loss_of(output, sink.take())
+        losses.append(None if loss is None else loss.detach().clone())
+        if offset == 0:
+            module.on_before_zero_grad(raw)
+            module.optimizer_zero_grad(trainer.current_epoch, first_idx, raw)
+        if output is None:  # the user's way to skip a batch
+            return None
+        strategy.backward(returned_loss(output) / len(batches), raw)
+        return losses[-1]
+
+    last = len(batches) - 1
+    for offset in range(last):
+        # only parallel strategies reduce gradients, and only they can hold that back
+        block = getattr(strategy, "block_backward_sync", contextlib.nullcontext)
+        with block():
+            micro_step(offset)
+    module.optimizer_step(trainer.current_epoch, first_idx + last, optimizer, lambda: micro_step(last))
+    return losses[: len(batches)]  # an optimizer that calls its closure again evaluates other weights
+
+
+def loss_of(output: Any, logged: dict[str, Any]) -> Tensor | None:
+    """The loss a step returned or, if it returned none, logged under a name that says so."""
+    loss = returned_loss(output)
+    if loss is None:
+        loss = next((v for k, v in logged.items() if k in ("loss", "train_loss", "val_loss")), None)
+        loss = next((v for k, v in logged.items() if "loss" in k), None) if loss is None else loss
+    return torch.as_tensor(loss).detach() if loss is not None and not isinstance(loss, Tensor) else loss
+
+
+def returned_loss(output: Any) -> Any:
+    return output.get("loss") if isinstance(output, dict) else output
+
+
+def _arguments(trainer: Any, batch: Any, batch_idx: int) -> tuple[Any, ...]:
+    """What ``training_step`` is called with: (dataloader_iter,), (batch,) or (batch, batch_idx)."""
+    if takes_dataloader_iter(trainer):
+        return (iter([(batch, batch_idx, 0)]),)
+    return (batch, batch_idx) if takes_batch_idx(trainer.lightning_module.training_step) else (batch,)

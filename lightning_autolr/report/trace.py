@@ -1,0 +1,121 @@
+"""What a search leaves behind: the trace, the schedule it found, and what it cost.
+
+``trace.jsonl`` has one line per answered request and is written as the run goes; ``schedule.json`` can be replayed;
+``summary.json`` has the account. Only rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from lightning_autolr.core.requests import Answer, Request, decode, encode
+from lightning_autolr.schedules import Segment, Tabulated
+
+__all__ = ["Entry", "Record", "read_trace", "summary_of"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One answered request.
+
+    Args:
+        request: what was asked for.
+        answer: what came of it.
+        global_step: ``trainer.global_step`` at which the request was begun.
+        search_steps: private and undone steps of the whole run so far, this request included.
+        seconds: how long it took.
+        fingerprint: of the weights from which a probe started; empty for real training.
+    """
+
+    request: Request
+    answer: Answer
+    global_step: int
+    search_steps: int
+    seconds: float
+    fingerprint: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        own = {k: getattr(self, k) for k in ("global_step", "search_steps", "seconds", "fingerprint")}
+        return {"request": encode(self.request), "answer": encode(self.answer), **own}
+
+    @classmethod
+    def from_json(cls, line: dict[str, Any]) -> Entry:
+        return cls(**{**line, "request": decode(line["request"]), "answer": decode(line["answer"])})
+
+
+class Record:
+    """The trace and the schedule, in memory and in ``folder`` (None: in memory only)."""
+
+    def __init__(self, folder: str | None) -> None:
+        self.folder = folder
+        self.trace: list[Entry] = []
+        self.segments: list[Segment] = []
+        self.is_exact = True  # whether replaying the segments repeats the run
+
+    def add(self, entry: Entry) -> None:
+        self.trace.append(entry)
+        if self.folder is not None:
+            with open(self._path("trace.jsonl"), "a") as file:
+                file.write(json.dumps(entry.to_json()) + "\n")
+
+    def add_segment(self, segment: Segment) -> None:
+        self.segments.append(segment)
+        self.write_schedule()
+
+    def undo_since(self, index: int) -> int:
+        """Mark the segments from ``index`` on as undone; returns the steps that were not undone before."""
+        lost = [s.num_steps for s in self.segments[index:] if not s.undone]
+        self.segments[index:] = [replace(s, undone=True) for s in self.segments[index:]]
+        self.write_schedule()
+        return sum(lost)
+
+    def write_schedule(self, *unfinished: Segment) -> None:
+        segments = (*self.segments, *unfinished)
+        if self.folder is not None and segments:
+            Tabulated(segments).to_file(self._path("schedule.json"))
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        if self.folder is not None:
+            with open(self._path("summary.json"), "w") as file:
+                json.dump(summary, file, indent=2)
+
+    def restart(self) -> None:
+        """Write the files anew: after a resume they hold what the checkpoint knew."""
+        if self.folder is not None:
+            with open(self._path("trace.jsonl"), "w") as file:
+                file.writelines(json.dumps(entry.to_json()) + "\n" for entry in self.trace)
+            self.write_schedule()
+
+    def _path(self, name: str) -> str:
+        assert self.folder is not None
+        os.makedirs(self.folder, exist_ok=True)
+        return os.path.join(self.folder, name)
+
+
+def read_trace(path: str) -> list[Entry]:
+    """The entries of a ``trace.jsonl``; a last line that a crash cut short is left out."""
+    entries = []
+    with open(path) as file:
+        for line in file:
+            if not line.endswith("\n"):
+                break
+            entries.append(Entry.from_json(json.loads(line)))
+    return entries
+
+
+def summary_of(segments: list[Segment], cost: Any) -> dict[str, Any]:
+    """The account of a run: what was trained, what was tried, what it took."""
+    kept = [s for s in segments if not s.undone]
+    return {
+        "schedule_steps": sum(s.num_steps for s in kept),
+        "search_steps": cost.steps + cost.steps_undone,
+        "probe_steps": cost.steps,
+        "undone_steps": cost.steps_undone,
+        "eval_batches": cost.eval_batches,
+        "search_seconds": cost.seconds,
+        "learning_rates": [s.lr for s in kept],
+        "cost": asdict(cost),
+    }

@@ -1,0 +1,64 @@
+"""A schedule that is known beforehand, as a search that asks for nothing but training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_autolr.core.requests import Requests, Run, Train
+from lightning_autolr.schedules import Schedule, Tabulated
+from lightning_autolr.search.base import AbstractSearch
+
+__all__ = ["Fixed"]
+
+
+@dataclass(frozen=True)
+class Fixed(AbstractSearch):
+    """Train with ``peak_lr * schedule(step)``, or repeat a found schedule segment by segment.
+
+    A found schedule (``Tabulated`` with absolute learning rates) is repeated with its undone segments: they are trained and
+    taken back, as in the run that found it, so that the final weights are the same bits.
+
+    Args:
+        schedule: the schedule; one with an open number of steps is stretched over the run.
+        peak_lr: learning rate at factor 1; None is the one configured in the module.
+    """
+
+    schedule: Schedule
+    peak_lr: float | None = None
+
+    def requests(self, run: Run) -> Requests:
+        if isinstance(self.schedule, Tabulated) and self.schedule.absolute:
+            return self._segments(self.schedule)
+        return self._whole(run)
+
+    def _whole(self, run: Run) -> Requests:
+        schedule = self.schedule
+        if not schedule.is_resolved:
+            if run.total_steps is None:
+                raise ValueError(
+                    f"Expected a run of known length for {schedule}, got one without end. Set `max_steps` or `max_epochs`, pass "
+                    "`total_steps=` to the callback, or give the schedule its own `num_steps`."
+                )
+            schedule = schedule.stretched(run.total_steps)
+        momentum = schedule.momentum_schedule() if hasattr(schedule, "momentum_schedule") else None
+        lr = 1.0 if schedule.absolute else self.peak_lr or run.lr
+        yield Train(lr=lr, num_steps=None, shape=schedule, momentum=momentum, label=type(schedule).__name__)
+
+    def _segments(self, table: Tabulated) -> Requests:
+        returned_to = {segment.back_to for segment in table.segments} - {None}
+        states: dict[int, str] = {}
+        for index, segment in enumerate(table.segments):
+            later = {s.back_to for s in table.segments[index + 1 :]}
+            answer = yield Train(
+                lr=segment.lr,
+                num_steps=segment.num_steps,
+                shape=segment.shape,
+                momentum=segment.momentum,
+                start=None if segment.back_to is None else states[segment.back_to],
+                keep_start=index in returned_to,
+                release=tuple(states.pop(i) for i in list(states) if i not in later),
+                stage=index,
+                label="replay",
+            )
+            if index in returned_to:
+                states[index] = answer.start
