@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lightning_autolr.schedules.base import Constant, Schedule, as_count, check_number, replace_field
+from lightning_autolr.schedules.compose import join_momenta
 from lightning_autolr.schedules.plain import from_plain, to_plain
 
 
@@ -23,9 +24,8 @@ class Segment:
         num_steps: optimizer steps, >= 0.
         lr: learning rate (or factor) that the shape multiplies, >= 0.
         shape: any schedule of factors; one with an open number of steps is stretched over the segment.
-        undone: the steps were trained and then taken back: the weights from before the segment were restored. They
-            count as steps all the same.
-        back_to: index of the segment before which the weights were, when they were put back before this segment.
+        undone: the steps were trained and then taken back. They count as steps all the same.
+        back_to: before this segment, the state from before the segment with this index was restored; None: none was.
         momentum: momentum (SGD) or first beta (Adam family) at each step, or None to leave it alone.
     """
 
@@ -50,11 +50,15 @@ class Segment:
 
     def stretched(self, num_steps: int) -> Segment:
         """The same segment over another number of steps, its shape in proportion."""
-        length = self.shape.length
-        if num_steps == self.num_steps or length is None or self.num_steps == 0:
+        if num_steps == self.num_steps or self.num_steps == 0:
             return dataclasses.replace(self, num_steps=num_steps)
-        shape = self.shape.stretched(round(length * num_steps / self.num_steps))
-        return dataclasses.replace(self, num_steps=num_steps, shape=shape)
+
+        def in_proportion(schedule: Schedule) -> Schedule:
+            length = schedule.length
+            return schedule if length is None else schedule.stretched(round(length * num_steps / self.num_steps))
+
+        momentum = None if self.momentum is None else in_proportion(self.momentum)
+        return dataclasses.replace(self, num_steps=num_steps, shape=in_proportion(self.shape), momentum=momentum)
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,9 @@ class Tabulated(Schedule):
         replace_field(self, "segments", tuple(self.segments))
         if not self.segments:
             raise ValueError("Expected at least one segment, got none.")
+        for index, segment in enumerate(self.segments):
+            if segment.back_to is not None and not 0 <= segment.back_to < index:
+                raise ValueError(f"Expected segment {index} to go back to an earlier one, got {segment.back_to=}.")
 
     @cached_property
     def _starts(self) -> tuple[int, ...]:
@@ -113,12 +120,16 @@ class Tabulated(Schedule):
         return self.segments[index](step - self._starts[index])
 
     def kept(self) -> Tabulated:
-        """The table without the segments that were undone.
+        """The table without the segments that were undone: the way to the final weights, without any going back.
 
         Raises:
             ValueError: all were undone.
         """
-        return dataclasses.replace(self, segments=tuple(s for s in self.segments if not s.undone))
+        kept = tuple(dataclasses.replace(s, back_to=None) for s in self.segments if not s.undone)
+        return dataclasses.replace(self, segments=kept)
+
+    def momentum_schedule(self) -> Schedule | None:
+        return join_momenta([segment.momentum for segment in self.segments], self._starts)
 
     def to_file(self, path: str | os.PathLike[str]) -> None:
         """Write ``schedule.json``; a reader sees the old file or the new one, never half of one."""
