@@ -1,6 +1,7 @@
 """One thin callback per search: it validates, builds the search, and leaves the rest to the engine."""
 
+from lightning_autolr.callbacks.grad_norm import GradNormCallback, RefinedScheduleCallback
 from lightning_autolr.callbacks.schedule import ScheduleCallback
 from lightning_autolr.engine.driver import SearchCallback
 
-__all__ = ["ScheduleCallback", "SearchCallback"]
+__all__ = ["GradNormCallback", "RefinedScheduleCallback", "ScheduleCallback", "SearchCallback"]

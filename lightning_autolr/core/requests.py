@@ -155,6 +155,7 @@ class Train:
         start: id of a kept state to go back to first; None goes on from here.
         keep_start: keep the state before the first step and answer with its id, so that the segment can be undone.
         stop_above: a training loss above this ends the segment as diverged.
+        grad_norm: record the gradient norm of each step, "l2" or "l1".
         stage: number of the stage.
         label: what the user reads.
         reason: one sentence: why this learning rate.
@@ -168,6 +169,7 @@ class Train:
     start: str | None = None
     keep_start: bool = False
     stop_above: float | None = None
+    grad_norm: Literal["l1", "l2"] | None = None
     stage: int = 0
     label: str = ""
     reason: str = ""
@@ -223,6 +225,7 @@ class TrainResult:
     losses: tuple[float, ...] = ()
     status: Status = Status.OK
     start: str | None = None
+    grad_norms: tuple[float, ...] = ()
 
 
 Request = Probe | LineProbe | Train

@@ -36,6 +36,7 @@ from lightning_autolr.core.requests import (
 )
 from lightning_autolr.engine import compat
 from lightning_autolr.engine.files import Place
+from lightning_autolr.engine.grad_norms import GradNorms
 from lightning_autolr.engine.kept import dump_kept, load_kept
 from lightning_autolr.engine.lr import LearningRate, OnScheduler
 from lightning_autolr.engine.probe import ProbeOptions, Prober
@@ -62,6 +63,7 @@ class _Active:
     steps_done: int = 0
     global_step: int = 0
     losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
     begun: float = 0.0
 
 
@@ -184,6 +186,7 @@ class SearchCallback(Callback):
         self._record = Record(folder if trainer.is_global_zero else None)
         self._active: _Active | None = None
         self._unread: list[Tensor] = []
+        self._grad_norms: GradNorms | None = None
         self._micro_losses: list[Tensor] = []
         self._kept_at: dict[str, int] = {}
         self._back_to: int | None = None
@@ -217,6 +220,13 @@ class SearchCallback(Callback):
         self._log(begins=step == 0)
 
     @override
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if self._active is not None and (norm := self._active.train.grad_norm) is not None:
+            if self._grad_norms is None:
+                self._grad_norms = GradNorms(trainer, norm)
+            self._grad_norms.measure(optimizer)
+
+    @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         active = self._active
         if active is None:
@@ -229,6 +239,8 @@ class SearchCallback(Callback):
         if automatic and trainer.global_step == self._step_before:
             return
         active.steps_done += 1
+        if self._grad_norms is not None:
+            self._grad_norms.end_step()
         if self._micro_losses:
             self._unread.append(torch.stack(self._micro_losses).mean())
             self._micro_losses = []
@@ -453,7 +465,7 @@ class SearchCallback(Callback):
     def _finish(self, active: _Active, status: Status) -> None:
         self._record.add_segment(self._segment(active))
         self._back_to = None
-        answer = TrainResult(tuple(active.losses), status, active.start)
+        answer = TrainResult(tuple(active.losses), status, active.start, tuple(active.grad_norms))
         self._tell(active.train, answer, active.global_step, time.perf_counter() - active.begun)
 
     def _segment(self, active: _Active) -> Segment:
@@ -464,6 +476,8 @@ class SearchCallback(Callback):
         new = mean_over_ranks(self._trainer.strategy, self._unread)
         self._unread = []
         active.losses.extend(new)
+        if self._grad_norms is not None:
+            active.grad_norms.extend(self._grad_norms.read())
         limit = math.inf if active.train.stop_above is None else active.train.stop_above
         return Status.DIVERGED if guarded and any(not x <= limit for x in new) else Status.OK
 
