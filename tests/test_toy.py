@@ -89,6 +89,16 @@ def test_the_cliff_is_where_it_is_said_to_be(factor: float, status: Status) -> N
     assert (len(result.losses) < 300) is (status is Status.DIVERGED)
 
 
+def test_nobody_looks_at_a_segment_that_is_not_guarded() -> None:
+    for guard, status in (
+        ({}, Status.OK),
+        ({"stop_above": 1e9}, Status.DIVERGED),
+        ({"keep_start": True}, Status.DIVERGED),
+    ):
+        (result,) = answers(Cliff(), Train(lr=3.0, num_steps=50, **guard))
+        assert result.status is status
+
+
 def test_stop_above_ends_the_step_that_rose_above_it() -> None:
     (result,) = answers(Quadratic(), Train(lr=3.0, num_steps=9, stop_above=10.0))
     assert result.losses == (0.5, 2.0, 8.0, 32.0)
@@ -115,7 +125,10 @@ def test_a_line_probe_moves_along_the_gradient(exact: bool) -> None:
 
 def test_the_run_ends_inside_a_segment() -> None:
     run = run_toy(Script((Probe(lr=0.1, num_steps=4), Train(lr=0.1, num_steps=None))), Quadratic(), total_steps=10)
-    assert (len(run.train_lrs), run.search_steps, run.finished) == (10, 4, False)
+    assert (len(run.train_lrs), run.search_steps, run.finished) == (10, 4, True)
+    script = Script((Train(lr=0.1, num_steps=5), Train(lr=0.2, num_steps=10), Train(lr=0.3, num_steps=1)))
+    cut = run_toy(script, Quadratic(), total_steps=7)
+    assert (cut.train_lrs, cut.finished, len(cut.trace)) == ([0.1] * 5 + [0.2] * 2, False, 2)
     script = Script((Probe(lr=0.1, num_steps=4), Train(lr=0.1, num_steps=None)))
     assert len(run_toy(script, Quadratic(), total_steps=10, count_search=True).train_lrs) == 6
 

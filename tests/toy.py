@@ -53,7 +53,7 @@ class ToyRun:
         path: the learning rate of every step that made the final weights.
         kept: ids of the states that were never released.
         most_kept: how many states were held at once, at most.
-        finished: the search returned by itself; otherwise the run ended first.
+        finished: the search returned; otherwise the run ended while it still had a request.
     """
 
     trace: list[tuple[Request, Answer]]
@@ -87,13 +87,13 @@ def run_toy(
         while request is not None:
             answer = toy.answer(request)
             trace.append((request, answer))
-            if toy.steps_left() <= 0:
-                requests.close()
-                break
             try:
                 request = requests.send(answer)
             except StopIteration:
                 request = None
+            if toy.steps_left() <= 0:  # the run is over, whatever else the search would like
+                requests.close()
+                break
     return ToyRun(
         trace=trace,
         train_lrs=toy.train_lrs,
@@ -142,6 +142,7 @@ class _Toy:
         start = self.keep(self.state) if request.keep_start else None
         num_steps = min(request.num_steps or math.inf, self.steps_left())
         assert math.isfinite(num_steps), "Train(num_steps=None) needs a run that ends."
+        guarded = request.keep_start or request.stop_above is not None  # nobody looks at the others
         losses: list[float] = []
         status = Status.OK
         for step in range(int(num_steps)):
@@ -150,7 +151,7 @@ class _Toy:
             self.state = self.step(self.state, rate, batch)
             losses.append(loss)
             self.train_lrs.append(rate)
-            if has_diverged(loss, request.stop_above):
+            if guarded and has_diverged(loss, request.stop_above):
                 status = Status.DIVERGED
                 break
         self.losses += losses
@@ -160,20 +161,22 @@ class _Toy:
         state = self.state if request.start is None else self.find(request.start)
         losses: list[float] = []
         evaluations: list[Evaluation] = []
+        status = Status.OK
         for step in range(request.num_steps):
+            if step and request.evaluate_every and step % request.evaluate_every == 0:
+                evaluations += self.evaluate(request, state, step)
             batch = self.shift(DRAW, request.draw, request.offset + step)
             losses.append(self.problem.loss(state.w - batch))
             state = self.step(state, request.lr * factor(request, step), batch)
             self.search_steps += 1
             if has_diverged(losses[-1], request.stop_above):
-                self.release(request.release)
-                return ProbeResult(losses=tuple(losses), evaluations=tuple(evaluations), status=Status.DIVERGED)
-            if request.evaluate_every and (step + 1) % request.evaluate_every == 0 and step + 1 < request.num_steps:
-                evaluations += self.evaluate(request, state, step + 1)
-        evaluations += self.evaluate(request, state, request.num_steps)
+                status = Status.DIVERGED
+                break
+        else:
+            evaluations += self.evaluate(request, state, request.num_steps)
         self.release(request.release)
         end = self.keep(state) if request.keep_end else None
-        return ProbeResult(losses=tuple(losses), evaluations=tuple(evaluations), end=end)
+        return ProbeResult(losses=tuple(losses), evaluations=tuple(evaluations), status=status, end=end)
 
     def line_probe(self, request: LineProbe) -> LineResult:
         batches = [self.shift(DRAW, request.draw, step) for step in range(request.horizon + 1)]
