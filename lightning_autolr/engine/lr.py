@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["LearningRate", "OnScheduler"]
+__all__ = ["LearningRate", "OnScheduler", "rescale_configured"]
 
 OnScheduler = Literal["override", "multiply", "error"]
 
@@ -116,3 +116,26 @@ def _write_number(group: dict[str, Any], key: str, value: float) -> None:
         group[key].fill_(value)  # the very tensor that a captured or compiled optimizer reads
     elif group[key] != value:
         group[key] = value
+
+
+def rescale_configured(optimizers: Sequence[Optimizer], schedulers: Sequence[Any], lr: float) -> None:
+    """Scale everything the user configured so that the largest learning rate becomes ``lr``.
+
+    Schedulers read learning rates that they cached (``base_lrs``, ``max_lrs``, ``initial_lr``, ``max_lr``) and would bring
+    the old ones back, so these are scaled too: the rest of the schedule keeps its shape. A one-cycle schedule's largest
+    learning rate is its peak.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    largest = max(_number(g.get("max_lr", g.get("initial_lr", g["lr"]))) for g in groups)
+    factor = lr / largest
+    for group in groups:
+        for key in ("lr", "initial_lr", "max_lr", "min_lr"):
+            if key in group:
+                _write_number(group, key, _number(group[key]) * factor)
+    pending = list(schedulers)
+    while pending:
+        scheduler = pending.pop()
+        pending += getattr(scheduler, "_schedulers", [])
+        for name in ("base_lrs", "max_lrs", "_last_lr"):
+            if (values := getattr(scheduler, name, None)) is not None:
+                setattr(scheduler, name, [_number(v) * factor for v in values])

@@ -1,0 +1,134 @@
+"""The learning-rate range test, at any moment of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+from lightning_autolr.core.range_rules import RangeSuggestion, Rule
+from lightning_autolr.core.requests import Probe, Run, encode
+from lightning_autolr.engine.files import Place
+from lightning_autolr.engine.lr import LearningRate, rescale_configured
+from lightning_autolr.engine.probe import ProbeOptions, Prober
+from lightning_autolr.engine.ranks import decide
+from lightning_autolr.engine.steps import steps_per_batch
+from lightning_autolr.search.range_test import RangeTest
+
+__all__ = ["RangeTestCallback"]
+
+
+class RangeTestCallback(Callback):
+    """Finds a learning rate with its interval, at the start or at milestones, and leaves no trace in the run.
+
+    What it found lies in ``suggestions`` and in ``<log_dir>/autolr/range_test.json``. With ``apply`` the configured
+    learning rates, and those that the module's schedulers have cached, are scaled so that the largest one is the
+    suggestion: group ratios stay, and so does the shape of any stock scheduler. (Absolute floors such as ``eta_min`` stay
+    what they are.)
+
+    Args:
+        milestones: epochs (or optimizer steps, see ``unit``) at whose first batch to test.
+        unit: "epoch" or "step".
+        min_lr: bottom of the ladder.
+        max_lr: top of the ladder.
+        num_steps: rungs of the ladder.
+        mode: "exponential" or "linear" ladder.
+        repeats: climbs with other batches each; their spread gives the interval.
+        rule: "valley", "steepest", "minimum" or "edge".
+        apply: use the suggestion, when there is one.
+        stop: end the run after the test.
+        fork: where the copy of the training state lies.
+        seed: of the batches.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Example::
+
+        Trainer(callbacks=[RangeTestCallback(apply=True)])
+    """
+
+    def __init__(
+        self,
+        milestones: Sequence[int] = (0,),
+        unit: Literal["epoch", "step"] = "epoch",
+        min_lr: float = 1e-7,
+        max_lr: float = 10.0,
+        num_steps: int = 100,
+        mode: Literal["exponential", "linear"] = "exponential",
+        repeats: int = 3,
+        rule: Rule = "valley",
+        apply: bool = False,
+        stop: bool = False,
+        fork: Place = "device",
+        seed: int = 0,
+    ) -> None:
+        if not milestones or any(m < 0 for m in milestones):
+            raise ValueError(f"Expected at least one milestone, each >= 0, got {milestones=}.")
+        if unit not in ("epoch", "step"):
+            raise ValueError(f"Expected unit to be 'epoch' or 'step', got {unit!r}.")
+        self.search = RangeTest(min_lr, max_lr, num_steps, mode, repeats, rule, seed=seed)
+        self.milestones, self.unit, self.apply, self.stop = frozenset(milestones), unit, apply, stop
+        self.options = ProbeOptions(fork=fork, seed=seed)
+        self.suggestions: dict[int, RangeSuggestion] = {}
+        self._done: list[int] = []
+
+    @override
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._folder = None if trainer.fast_dev_run or trainer.log_dir is None else os.path.join(trainer.log_dir, "autolr")
+
+    @override
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % steps_per_batch(trainer):
+            return
+        now = trainer.current_epoch if self.unit == "epoch" else trainer.global_step
+        if now in self.milestones and now not in self._done:
+            self._done.append(now)
+            self._test(trainer, now)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": list(self._done)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._done = list(state_dict["done"])
+
+    def _test(self, trainer: Any, now: int) -> None:
+        lr = LearningRate(trainer.optimizers)
+        prober = Prober(trainer, lr, self.options)
+        climbs = self.search.measure(Run(lr=lr.reference))
+        suggestion: RangeSuggestion | None = None
+        try:
+            with prober.session():
+                request, number = next(climbs), 0
+                while suggestion is None:
+                    assert isinstance(request, Probe)
+                    answer = prober.answer(request, f"state-{number}")
+                    number += 1
+                    try:
+                        request = climbs.send(answer)
+                    except StopIteration as end:
+                        suggestion = decide(trainer.strategy, end.value)
+        finally:
+            lr.close()
+        self.suggestions[now] = suggestion
+        found = "no suggestion" if suggestion.lr is None else f"{suggestion.lr:.3g}"
+        rank_zero_info(f"RangeTestCallback at {self.unit} {now}: {found}. {suggestion.reason}")
+        self._write(trainer)
+        if self.apply and suggestion.lr is not None:
+            rescale_configured(trainer.optimizers, [c.scheduler for c in trainer.lr_scheduler_configs], suggestion.lr)
+        if self.stop:
+            trainer.should_stop = True
+
+    def _write(self, trainer: Any) -> None:
+        if trainer.is_global_zero and self._folder is not None:
+            os.makedirs(self._folder, exist_ok=True)
+            tests = [{"at": at, "unit": self.unit, "suggestion": encode(s)} for at, s in self.suggestions.items()]
+            with open(os.path.join(self._folder, "range_test.json"), "w") as file:
+                json.dump(tests, file, indent=1)
