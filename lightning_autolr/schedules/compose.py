@@ -116,14 +116,13 @@ class Joined(Schedule):
         return (0, *(b for b in self.boundaries if isinstance(b, int)))
 
     def stretched(self, num_steps: int) -> Joined:
-        starts = (0, *(as_steps(b, num_steps) for b in self.boundaries))
+        # In a trial run of a few steps a fraction may come to lie before a boundary in steps: pieces get empty.
+        starts = tuple(itertools.accumulate((as_steps(b, num_steps) for b in self.boundaries), max, initial=0))
         *pieces, last = self.schedules
         pieces = [
             piece if piece.is_resolved else piece.stretched(stop - start)
             for piece, (start, stop) in zip(pieces, itertools.pairwise(starts), strict=True)
         ]
-        # A run that ends before the last boundary (a trial run of a few steps) is no mistake: it never gets to the last
-        # piece.
         return Joined((*pieces, last.stretched(max(num_steps - starts[-1], 0))), starts[1:])
 
     def __call__(self, step: float) -> float:

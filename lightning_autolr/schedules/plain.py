@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +22,8 @@ def to_plain(value: Any) -> Any:
         return {"type": type(value).__name__, **fields}
     if isinstance(value, (tuple, list)):
         return [to_plain(v) for v in value]
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):  # NumPy's numbers too: JSON knows only Python's
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
     return value
 
 

@@ -254,7 +254,7 @@ class OneCycle(Profile):
 
     Differs from torch's ``OneCycleLR``: no annealing below the start value, because the form is that of the REX paper
     (section 4.1), which takes it from Smith and Topin, "Super-Convergence", 2018 (arXiv:1708.07120). To add that phase,
-    join a decay: ``Joined((OneCycle(), Linear()), (0.9,))``, scaled to meet.
+    join a decay: ``Joined((OneCycle(), Scaled(Linear(), 0.1)), (0.9,))``.
     """
 
     start: float = 0.1

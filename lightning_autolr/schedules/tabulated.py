@@ -104,11 +104,11 @@ class Tabulated(Schedule):
         return tuple(itertools.accumulate((segment.num_steps for segment in self.segments[:-1]), initial=0))
 
     @property
-    def length(self) -> int | None:
+    def length(self) -> int:
         return self._starts[-1] + self.segments[-1].num_steps
 
     def stretched(self, num_steps: int) -> Tabulated:
-        total = self._starts[-1] + self.segments[-1].num_steps
+        total = self.length
         if num_steps == total or total == 0:
             return self
         ends = [round(end * num_steps / total) for end in (*self._starts, total)]
