@@ -1,5 +1,6 @@
 """One thin callback per search: it validates, builds the search, and leaves the rest to the engine."""
 
+from lightning_autolr.callbacks.autolrs import AutoLRSCallback
 from lightning_autolr.callbacks.beam import BeamSearchCallback
 from lightning_autolr.callbacks.factors import FactorSearchCallback
 from lightning_autolr.callbacks.grad_norm import GradNormCallback, RefinedScheduleCallback
@@ -8,6 +9,7 @@ from lightning_autolr.callbacks.schedule import ScheduleCallback
 from lightning_autolr.engine.driver import SearchCallback
 
 __all__ = [
+    "AutoLRSCallback",
     "BeamSearchCallback",
     "FactorSearchCallback",
     "GradNormCallback",

@@ -6,7 +6,7 @@ Profiles of a budget (:class:`Linear`, :class:`Cosine`, :class:`Rex`, ...), cycl
 """
 
 from lightning_autolr.schedules.base import Constant, Profile, Schedule
-from lightning_autolr.schedules.compose import Joined, Sampled, Scaled, Warmup, WarmupStableDecay
+from lightning_autolr.schedules.compose import Joined, Sampled, Scaled, Shifted, Warmup, WarmupStableDecay
 from lightning_autolr.schedules.cycles import Cyclic, WarmRestarts
 from lightning_autolr.schedules.plain import from_plain, to_plain
 from lightning_autolr.schedules.profiles import (
@@ -40,6 +40,7 @@ __all__ = [
     "Scaled",
     "Schedule",
     "Segment",
+    "Shifted",
     "Step",
     "Tabulated",
     "WarmRestarts",

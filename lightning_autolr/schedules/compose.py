@@ -355,3 +355,29 @@ class Sampled(Schedule):
             return None
         sampled = Sampled(momentum, self.rate)
         return sampled if sampled.is_resolved or self.length is None else sampled.stretched(self.length)
+
+
+@dataclass(frozen=True)
+class Shifted(Schedule):
+    """A schedule read from a later step on: what a run does from there.
+
+    Args:
+        schedule: any schedule whose number of steps is known.
+        by: steps to leave out, >= 0.
+
+    >>> from lightning_autolr.schedules import Linear
+    >>> [Shifted(Linear(num_steps=10), by=8)(step) for step in (0, 1, 2)]
+    [0.2, 0.1, 0.0]
+    """
+
+    schedule: Schedule
+    by: int = 0
+
+    def __post_init__(self) -> None:
+        if self.by < 0:
+            raise ValueError(f"Expected by >= 0, got {self.by=}.")
+        if not self.schedule.is_resolved:
+            raise ValueError(f"Expected a schedule whose number of steps is known, got {self.schedule}.")
+
+    def __call__(self, step: float) -> float:
+        return self.schedule(self.by + step)

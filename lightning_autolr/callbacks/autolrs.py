@@ -1,0 +1,125 @@
+"""AutoLRS: the learning rate is found while training."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from typing_extensions import override
+
+from lightning_autolr.core.requests import Run
+from lightning_autolr.engine.driver import SearchCallback
+from lightning_autolr.schedules import Linear, Schedule
+from lightning_autolr.search.autolrs import AutoLRS
+from lightning_autolr.search.base import AbstractSearch
+from lightning_autolr.search.ranged import PublishedInRange
+
+__all__ = ["AutoLRSCallback"]
+
+
+class AutoLRSCallback(SearchCallback):
+    """Finds the learning rate, holds it as long as it does no harm, and anneals it to zero at the end of the run.
+
+    ``method="early"``, the default, is :class:`~lightning_autolr.search.autolrs.AutoLRS`: one search before the first step
+    (about a tenth of the training steps), then warm-up, hold, undo of stages that did harm, anneal.
+    ``method="published"`` is the paper's, :class:`~lightning_autolr.search.published.PublishedAutoLRS`: a search before every
+    stage, at as many steps as are trained.
+
+    Args:
+        tau: "early": longest stage in steps. "published": steps of the first stage.
+        tau_max: steps of the longest stage of the published method.
+        num_candidates: learning rates tried in a search, at most.
+        probe_fraction: "published": steps of a probe as a share of its stage.
+        min_lr: lower bound of the learning rate. None: "early" goes as low as it needs, "published" makes a range test first.
+        max_lr: upper bound; likewise.
+        objective: "validation" or "holdout" (training batches held out from the probes). "published" forecasts the losses of
+            either, or "train"ing losses, or "auto": training losses until a stage of ``tau_max`` steps was made, validation
+            losses from then on, as the authors' code does.
+        monitor: name of the validation value that scores candidates.
+        kappa: "published": weight of the standard deviation in the lower confidence bound; the published value fills the space.
+        fork: where the copy of the training state lies: "device", "cpu" or "disk".
+        on_scheduler: what to do with learning-rate schedulers of the module: "override", "multiply" or "error".
+        seed: seed of everything random in the search.
+        method: "early" or "published".
+        search_budget: "early": search steps as a share of the run's.
+        warmup_fraction: "early": share of the run that goes linearly up to the peak.
+        anneal_fraction: "early": share of the run at its end that goes to zero.
+        anneal: "early": shape of the end.
+        ratchet: "early": whether to undo stages that did harm.
+        shrink: "early": what the learning rate is divided by after an undo.
+        options: see :class:`~lightning_autolr.engine.driver.SearchCallback`.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Example::
+
+        Trainer(callbacks=[AutoLRSCallback(tau=1000)])
+    """
+
+    def __init__(
+        self,
+        tau: int = 1000,
+        *,
+        tau_max: int = 8000,
+        num_candidates: int | None = None,
+        probe_fraction: float = 0.1,
+        min_lr: float | None = None,
+        max_lr: float | None = None,
+        objective: Literal["validation", "holdout", "train", "auto"] = "validation",
+        monitor: str = "val_loss",
+        kappa: float = 1e6,
+        fork: Literal["device", "cpu", "disk"] = "device",
+        on_scheduler: Literal["override", "multiply", "error"] = "override",
+        seed: int = 0,
+        method: Literal["early", "published"] = "early",
+        search_budget: float = 0.1,
+        warmup_fraction: float = 0.05,
+        anneal_fraction: float = 0.5,
+        anneal: Schedule | None = None,
+        ratchet: bool = True,
+        shrink: float = 2.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            objective="validation" if objective == "auto" else objective,
+            monitor=monitor,
+            fork=fork,
+            on_scheduler=on_scheduler,
+            seed=seed,
+            **options,
+        )
+        self.search: AbstractSearch
+        if method == "early":
+            if objective not in ("validation", "holdout"):
+                raise ValueError(f"Expected objective 'validation' or 'holdout' for method='early', got {objective!r}.")
+            self.search = AutoLRS(
+                tau=tau,
+                num_candidates=7 if num_candidates is None else num_candidates,
+                min_lr=min_lr,
+                max_lr=max_lr,
+                search_budget=search_budget,
+                warmup_fraction=warmup_fraction,
+                anneal_fraction=anneal_fraction,
+                anneal=Linear() if anneal is None else anneal,
+                ratchet=ratchet,
+                shrink=shrink,
+                evaluate=objective,
+            )
+        elif method == "published":
+            self.search = PublishedInRange(
+                min_lr=min_lr,
+                max_lr=max_lr,
+                tau=tau,
+                tau_max=max(tau, tau_max),
+                num_candidates=10 if num_candidates is None else num_candidates,
+                probe_fraction=probe_fraction,
+                kappa=kappa,
+                objective=objective,
+                seed=seed,
+            )
+        else:
+            raise ValueError(f"Expected method to be 'early' or 'published', got {method!r}.")
+
+    @override
+    def make_search(self, run: Run) -> AbstractSearch:
+        return self.search

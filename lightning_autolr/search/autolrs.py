@@ -1,0 +1,313 @@
+"""AutoLRS as we run it: search early, hold, undo, anneal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from lightning_autolr.core.requests import Probe, ProbeResult, Request, Requests, Run, Status, Train, TrainResult
+from lightning_autolr.core.surrogate import FitError, Observation, posterior, suggest
+from lightning_autolr.schedules import Constant, Linear, Schedule, Shifted, WarmupStableDecay
+from lightning_autolr.search.base import AbstractSearch
+
+__all__ = ["AutoLRS", "Plan"]
+
+_SHORTEST_PROBE = 10
+_SHORTEST_STAGE = 10
+_SCREEN = 0  # the draw of the ratchet's evaluations; candidates use the ones after it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the steps of a run are used.
+
+    Args:
+        probe_steps: steps of one candidate.
+        max_probes: candidates, at most.
+        stage_steps: real steps between two looks of the ratchet.
+    """
+
+    probe_steps: int
+    max_probes: int
+    stage_steps: int
+
+    @property
+    def search_steps(self) -> int:
+        """Private steps, at most."""
+        return self.probe_steps * self.max_probes
+
+
+@dataclass(frozen=True)
+class AutoLRS(AbstractSearch):
+    r"""One search for the peak, then a warm-up, a long hold and an anneal to zero, with a ratchet all along.
+
+    1. **Search early.** Before the first step, candidates are trained privately on the same batches with their learning rate
+       going linearly to zero, and scored by their loss on the same evaluation batches. From the configured learning rate
+       the search climbs in factors of ``step`` until the best is bracketed, then a Gaussian process refines it; it stops
+       when no candidate is expected to gain more than the evaluation's noise.
+    2. **Hold.** Short probes taken later only ever say "lower" (short-horizon bias, Wu et al. 2018, arXiv 1803.02021), so
+       there are none. After a short warm-up the peak is held.
+    3. **The ratchet.** A stage that ended with a higher loss than it began, beyond the noise of the paired difference on the
+       evaluation batches, is undone and the learning rate divided by ``shrink``. It also guards against divergence.
+    4. **Anneal.** The last ``anneal_fraction`` of the run goes to zero.
+
+    Differs from the paper (Jin et al., ICLR 2021, arXiv 2105.10762), which searches at every stage, at as many steps as it
+    trains, for the lowest loss forecast to the stage's end; see :class:`~lightning_autolr.search.published.PublishedAutoLRS`.
+
+    Args:
+        tau: longest stage in steps, >= 1. Stages are shorter in short runs.
+        num_candidates: candidates of the search, at most, >= 1.
+        min_lr: lower bound; None is far below the configured learning rate.
+        max_lr: upper bound; None is far above it.
+        search_budget: search steps as a share of the run's, in (0, 1).
+        probe_steps: steps of one candidate; None divides the budget among the candidates.
+        step: ratio of neighbouring candidates while the best is not bracketed, > 1.
+        warmup_fraction: share of the run that goes linearly up to the peak, in [0, 1).
+        anneal_fraction: share of the run at its end that goes to zero, in (0, 1].
+        anneal: shape of the end, open in its number of steps.
+        ratchet: whether to undo stages.
+        shrink: what the learning rate is divided by after an undo, > 1.
+        tolerance: a stage is worse when its mean paired difference is above so many of its standard errors.
+        evaluate: "validation" batches, or training batches held out from the probes ("holdout").
+
+    Raises:
+        ValueError: options out of range.
+    """
+
+    tau: int = 1000
+    num_candidates: int = 7
+    min_lr: float | None = None
+    max_lr: float | None = None
+    search_budget: float = 0.1
+    probe_steps: int | None = None
+    step: float = 3.0
+    warmup_fraction: float = 0.05
+    anneal_fraction: float = 0.5
+    anneal: Schedule = Linear()
+    ratchet: bool = True
+    shrink: float = 2.0
+    tolerance: float = 2.0
+    evaluate: Literal["validation", "holdout"] = "validation"
+
+    def __post_init__(self) -> None:
+        if self.tau < 1 or self.num_candidates < 1:
+            raise ValueError(f"Expected tau >= 1 and num_candidates >= 1, got {self.tau=} and {self.num_candidates=}.")
+        for name in ("min_lr", "max_lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"Expected {name} > 0 or None, got {value!r}.")
+        if self.min_lr is not None and self.max_lr is not None and not self.min_lr <= self.max_lr:
+            raise ValueError(f"Expected min_lr <= max_lr, got {self.min_lr=} and {self.max_lr=}.")
+        if not 0 < self.search_budget < 1:
+            raise ValueError(f"Expected 0 < search_budget < 1, got {self.search_budget=}.")
+        if self.probe_steps is not None and self.probe_steps < 1:
+            raise ValueError(f"Expected probe_steps >= 1 or None, got {self.probe_steps=}.")
+        if not (0 <= self.warmup_fraction < 1 and 0 < self.anneal_fraction <= 1):
+            raise ValueError(
+                f"Expected 0 <= warmup_fraction < 1 and 0 < anneal_fraction <= 1, got {self.warmup_fraction=} and "
+                f"{self.anneal_fraction=}."
+            )
+        if not (self.step > 1 and self.shrink > 1 and self.tolerance >= 0):
+            raise ValueError(
+                f"Expected step > 1, shrink > 1 and tolerance >= 0, got {self.step=}, {self.shrink=} and {self.tolerance=}."
+            )
+
+    def plan(self, total_steps: int | None) -> Plan:
+        """How a run of ``total_steps`` is used; None: nobody knows how long it is.
+
+        >>> AutoLRS().plan(7000)
+        Plan(probe_steps=100, max_probes=7, stage_steps=350)
+        """
+        if total_steps is None:
+            probe_steps = self.probe_steps or max(_SHORTEST_PROBE, self.tau // 10)
+            return Plan(probe_steps, self.num_candidates, self.tau)
+        share = int(self.search_budget * total_steps / self.num_candidates)
+        stage = max(_SHORTEST_STAGE, total_steps // 20)
+        return Plan(self.probe_steps or max(_SHORTEST_PROBE, share), self.num_candidates, min(self.tau, stage))
+
+    def requests(self, run: Run) -> Requests:
+        """Search for the peak, then train in stages."""
+        plan = self.plan(run.total_steps)
+        if self.evaluate == "validation" and not run.has_validation:
+            raise ValueError("Expected validation batches, got none. Use evaluate='holdout'.")
+        tried = yield from self._search(run, plan)
+        yield from self._train(run, plan, tried)
+
+    # -- the peak -----------------------------------------------------------------------------------------------------
+
+    def _search(self, run: Run, plan: Plan) -> Generator[Request, Any, _Tried]:
+        tried = _Tried(*self._bounds(run))
+        lr: float | None = tried.clip(run.lr)
+        while lr is not None and len(tried.results) < plan.max_probes and tried.low < tried.high:
+            result: ProbeResult = yield Probe(
+                lr=lr,
+                num_steps=plan.probe_steps,
+                draw=_SCREEN + 1,
+                shape=Linear(),
+                evaluate=self.evaluate,
+                stop_above=tried.limit,
+                label=f"candidate {len(tried.results) + 1} of at most {plan.max_probes}, lr {lr:.2g}",
+            )
+            tried.add(lr, result)
+            lr = tried.climb(self.step) or tried.refine()
+        return tried
+
+    def _bounds(self, run: Run) -> tuple[float, float]:
+        reach = self.step**self.num_candidates
+        low = self.min_lr if self.min_lr is not None else min(run.lr, self.max_lr or math.inf) / reach
+        high = self.max_lr if self.max_lr is not None else max(run.lr, low) * reach
+        return low, high
+
+    # -- the run ------------------------------------------------------------------------------------------------------
+
+    def _train(self, run: Run, plan: Plan, tried: _Tried) -> Requests:
+        peak, reason = tried.choose(run.lr)
+        total = run.total_steps
+        if total is not None and run.count_search:
+            total = max(1, total - tried.num_steps)
+        shape = Constant() if total is None else self._shape(total)
+        done, scale = 0, 1.0
+        before = (yield self._look()) if self.ratchet else None
+        back: str | None = None
+        while total is None or done < total:
+            steps = plan.stage_steps
+            last = total is not None and total - done < 1.6 * steps
+            if last and total is not None:
+                steps = total - done
+            answer: TrainResult = yield Train(
+                lr=peak * scale,
+                num_steps=steps,
+                shape=Shifted(shape, done),
+                start=back,
+                release=() if back is None else (back,),
+                keep_start=self.ratchet and not last,
+                stop_above=tried.limit if self.ratchet and not last else None,
+                stage=done // plan.stage_steps,
+                reason=reason,
+            )
+            done += len(answer.losses) if answer.status is Status.DIVERGED else steps
+            back = None
+            if not self.ratchet or last or answer.start is None:
+                continue
+            after = None
+            if answer.status is Status.OK:
+                after = yield self._look()
+            if after is None or self._is_worse(before, after):
+                scale /= self.shrink
+                back = answer.start
+                reason = f"The stage before ended worse than it began: undone, and the learning rate divided by {self.shrink:g}."
+            else:
+                before, reason = after, "The stage before did no harm."
+                yield Probe(lr=peak, num_steps=0, evaluate="none", release=(answer.start,))
+
+    def _shape(self, total: int) -> Schedule:
+        return WarmupStableDecay(
+            num_steps=total,
+            num_warmup_steps=self.warmup_fraction,
+            num_decay_steps=self.anneal_fraction,
+            decay=self.anneal,
+            start=0.1 if self.warmup_fraction else 1.0,  # no step at learning rate 0
+        )
+
+    def _look(self) -> Probe:
+        return Probe(lr=1.0, num_steps=0, draw=_SCREEN, evaluate=self.evaluate, label="ratchet")
+
+    def _is_worse(self, before: ProbeResult | None, after: ProbeResult) -> bool:
+        if before is None or not math.isfinite(after.loss):
+            return True
+        mean, error = paired(before, after)
+        return mean > self.tolerance * error
+
+
+@dataclass
+class _Tried:
+    """The candidates of the search."""
+
+    low: float
+    high: float
+    results: dict[float, ProbeResult] = field(default_factory=dict)
+    limit: float | None = None
+
+    def clip(self, lr: float) -> float:
+        return min(max(lr, self.low), self.high)
+
+    def add(self, lr: float, result: ProbeResult) -> None:
+        if self.limit is None and result.losses:
+            # A loss as far above the first as this is no noise: such a candidate need not be trained to its end.
+            first = result.losses[0]
+            self.limit = first + 3 * abs(first) + 3 * (max(result.losses[:_SHORTEST_PROBE]) - min(result.losses))
+        self.results[lr] = result
+
+    @property
+    def num_steps(self) -> int:
+        return sum(len(r.losses) for r in self.results.values())
+
+    @property
+    def best(self) -> float:
+        """The best candidate; the lowest one when all failed."""
+        return min(sorted(self.results), key=lambda lr: self.results[lr].loss)
+
+    def climb(self, step: float) -> float | None:
+        """The next neighbour, or None when the best candidate is bracketed (or stands at a bound)."""
+        lrs = sorted(self.results)
+        best = self.best
+        if best == lrs[-1] < self.high and math.isfinite(self.results[best].loss):
+            return self.clip(best * step)
+        if best == lrs[0] > self.low:
+            return self.clip(best / step)
+        return None
+
+    def refine(self) -> float | None:
+        """A candidate in the bracket that is expected to gain more than the noise, or None."""
+        bracket = self._bracket()
+        if bracket is None:
+            return None
+        observations = self._observations(bracket)
+        bounds = (bracket[0], bracket[-1])
+        suggestion = suggest(observations, bounds, acquisition="ei", incumbent=self.best)
+        noise = math.sqrt(max(o.variance or 0.0 for o in observations))
+        return suggestion.lr if suggestion.value is None or suggestion.value > noise else None
+
+    def choose(self, configured: float) -> tuple[float, str]:
+        """The peak, and why."""
+        if not any(math.isfinite(r.loss) for r in self.results.values()):
+            lowest = min(self.results, default=self.clip(configured) * 10)
+            return lowest / 10, f"All {len(self.results)} candidates diverged: a tenth of the lowest."
+        best = self.best
+        bracket = self._bracket()
+        if bracket is None:
+            return best, f"The best of {len(self.results)} candidates."
+        lrs = [float(x) for x in np.geomspace(bracket[0], bracket[-1], 101)]
+        try:
+            mean = posterior(self._observations(bracket), (bracket[0], bracket[-1]), lrs).mean
+        except FitError as error:
+            return best, f"The best of {len(self.results)} candidates; {error}"
+        return lrs[int(np.argmin(mean))], f"The minimum expected from {len(self.results)} candidates."
+
+    def _bracket(self) -> list[float] | None:
+        """The best candidate with its neighbours; None when it has not got two."""
+        lrs = sorted(self.results)
+        i = lrs.index(self.best)
+        return lrs[i - 1 : i + 2] if 0 < i < len(lrs) - 1 else None
+
+    def _observations(self, lrs: Sequence[float]) -> list[Observation]:
+        """Scores with the noise of their paired differences to the best one."""
+        best = self.results[self.best]
+        errors = {lr: paired(best, self.results[lr])[1] for lr in lrs if math.isfinite(self.results[lr].loss)}
+        typical = float(np.median([e for lr, e in errors.items() if lr != self.best] or [0.0]))
+        return [
+            Observation(lr, self.results[lr].loss, max(errors.get(lr) or typical, 1e-12) ** 2 if lr in errors else typical**2)
+            for lr in lrs
+        ]
+
+
+def paired(before: ProbeResult, after: ProbeResult) -> tuple[float, float]:
+    """Mean and standard error of the differences on the same evaluation batches."""
+    a, b = (np.asarray(r.evaluations[-1].losses) for r in (before, after))
+    difference = b - a
+    error = float(difference.std(ddof=1) / math.sqrt(len(difference))) if len(difference) > 1 else 0.0
+    return float(difference.mean()), error
