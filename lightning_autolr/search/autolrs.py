@@ -51,8 +51,9 @@ class AutoLRS(AbstractSearch):
        when no candidate is expected to gain more than the evaluation's noise.
     2. **Hold.** Short probes taken later only ever say "lower" (short-horizon bias, Wu et al. 2018, arXiv 1803.02021), so
        there are none. After a short warm-up the peak is held.
-    3. **The ratchet.** A stage that ended with a higher loss than it began, beyond the noise of the paired difference on the
-       evaluation batches, is undone and the learning rate divided by ``shrink``. It also guards against divergence.
+    3. **The ratchet.** A stage that ends with a loss above the lowest of the run, beyond the noise of their paired difference
+       on the evaluation batches, is undone: back to the weights that had the lowest, and the learning rate is divided by
+       ``shrink`` from there on. It answers overfitting, which no short probe can see, and divergence.
     4. **Anneal.** The last ``anneal_fraction`` of the run goes to zero.
 
     Differs from the paper (Jin et al., ICLR 2021, arXiv 2105.10762), which searches at every stage, at as many steps as it
@@ -90,7 +91,7 @@ class AutoLRS(AbstractSearch):
     anneal: Schedule = Linear()
     ratchet: bool = True
     shrink: float = 2.0
-    tolerance: float = 2.0
+    tolerance: float = 1.0
     evaluate: Literal["validation", "holdout"] = "validation"
 
     def __post_init__(self) -> None:
@@ -120,13 +121,13 @@ class AutoLRS(AbstractSearch):
         """How a run of ``total_steps`` is used; None: nobody knows how long it is.
 
         >>> AutoLRS().plan(7000)
-        Plan(probe_steps=100, max_probes=7, stage_steps=350)
+        Plan(probe_steps=100, max_probes=7, stage_steps=175)
         """
         if total_steps is None:
             probe_steps = self.probe_steps or max(_SHORTEST_PROBE, self.tau // 10)
             return Plan(probe_steps, self.num_candidates, self.tau)
         share = int(self.search_budget * total_steps / self.num_candidates)
-        stage = max(_SHORTEST_STAGE, total_steps // 20)
+        stage = max(_SHORTEST_STAGE, total_steps // 40)
         return Plan(self.probe_steps or max(_SHORTEST_PROBE, share), self.num_candidates, min(self.tau, stage))
 
     def requests(self, run: Run) -> Requests:
@@ -171,8 +172,10 @@ class AutoLRS(AbstractSearch):
             total = max(1, total - tried.num_steps)
         shape = Constant() if total is None else self._shape(total)
         done, scale = 0, 1.0
-        before = (yield self._look()) if self.ratchet else None
-        back: str | None = None
+        best = (yield self._look()) if self.ratchet else None  # the lowest evaluation of the run ...
+        state: str | None = None  # ... the id of the weights that had it ...
+        is_new = self.ratchet  # ... and whether these are the present ones, not kept yet
+        go_back = False
         while total is None or done < total:
             steps = plan.stage_steps
             last = total is not None and total - done < 1.6 * steps
@@ -182,27 +185,27 @@ class AutoLRS(AbstractSearch):
                 lr=peak * scale,
                 num_steps=steps,
                 shape=Shifted(shape, done),
-                start=back,
-                release=() if back is None else (back,),
-                keep_start=self.ratchet and not last,
+                start=state if go_back else None,
+                keep_start=is_new and not last,
+                release=(state,) if state is not None and (is_new or last) else (),
                 stop_above=tried.limit if self.ratchet and not last else None,
                 stage=done // plan.stage_steps,
                 reason=reason,
             )
-            done += len(answer.losses) if answer.status is Status.DIVERGED else steps
-            back = None
-            if not self.ratchet or last or answer.start is None:
+            done += steps if answer.status is Status.OK else len(answer.losses)
+            if not self.ratchet or last:
                 continue
-            after = None
-            if answer.status is Status.OK:
-                after = yield self._look()
-            if after is None or self._is_worse(before, after):
+            state = answer.start if is_new else state
+            after: ProbeResult | None = (yield self._look()) if answer.status is Status.OK else None
+            go_back = after is None or self._is_worse(best, after)
+            is_new = not go_back and after is not None and best is not None and after.loss <= best.loss
+            if go_back:
                 scale /= self.shrink
-                back = answer.start
-                reason = f"The stage before ended worse than it began: undone, and the learning rate divided by {self.shrink:g}."
+                reason = f"The loss rose above the lowest so far: back to there, at 1/{self.shrink:g} of the learning rate."
+            elif is_new:
+                best, reason = after, "The loss fell."
             else:
-                before, reason = after, "The stage before did no harm."
-                yield Probe(lr=peak, num_steps=0, evaluate="none", release=(answer.start,))
+                reason = "The loss is the lowest so far, within its noise."
 
     def _shape(self, total: int) -> Schedule:
         return WarmupStableDecay(
