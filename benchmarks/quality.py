@@ -1,0 +1,328 @@
+"""Does it train better? Final test loss at equal total optimizer steps, search included.
+
+    python benchmarks/quality.py                    # everything (hours on 2 cores); goes on where it stopped
+    python benchmarks/quality.py --tasks digits --methods autolrs cosine --seeds 2
+    python benchmarks/quality.py --short            # a smoke test
+    python benchmarks/quality.py --table            # only the table of what was run
+
+Every method has the same number of optimizer steps; what it searches with is not trained with. Fixed schedules are shown
+twice: with the library's default learning rate, and with the best of five by validation loss (the oracle: that tuning is not
+counted). Results are read on a test split that no method sees. One line of JSON per run in ``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback
+from scipy.stats import bootstrap
+
+from lightning_autolr import AutoLRSCallback, FactorSearchCallback, ScheduleCallback, SearchCallback
+from lightning_autolr.core.requests import Requests, Run, Train
+from lightning_autolr.schedules import Constant, Cosine, Linear, OneCycle, Rex, Schedule, Warmup, WarmupStableDecay
+from lightning_autolr.search.base import AbstractSearch
+from lightning_autolr.search.range_test import RangeTest
+from lightning_autolr.tasks import (
+    ByteTransformer,
+    CharLMData,
+    ClassificationTask,
+    ConvNet,
+    DigitsData,
+    FashionMNISTData,
+    MLPMixer,
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network, its data, its optimizer, and how long it is trained."""
+
+    network: Callable[[], torch.nn.Module]
+    data: Callable[[], LightningDataModule]
+    optimizer: Callable[..., torch.optim.Optimizer]
+    grid: tuple[float, ...]
+    steps: int
+    default_lr: float = 1e-3  # torch's, for SGD and AdamW alike
+    num_classes: int = 10
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+SGD = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4)
+AdamW = partial(torch.optim.AdamW, weight_decay=0.01)
+SGD_GRID = (0.01, 0.03, 0.1, 0.3, 1.0)
+ADAM_GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+
+TASKS = {
+    "digits": Task(lambda: ConvNet(8, widths=(16, 32)), DigitsData, SGD, SGD_GRID, 2000),
+    "noisy digits": Task(lambda: ConvNet(8, widths=(16, 32)), lambda: DigitsData(label_noise=0.1), AdamW, ADAM_GRID, 2000),
+    "fashion": Task(
+        lambda: ConvNet(28, widths=(16, 32), batch_norm=True), lambda: FashionMNISTData(num_train=10_000), SGD, SGD_GRID, 1000
+    ),
+    "mixer": Task(
+        lambda: MLPMixer(28, width=32, depth=2), lambda: FashionMNISTData(num_train=10_000), AdamW, ADAM_GRID, 1000
+    ),
+    "char-lm": Task(
+        lambda: ByteTransformer(width=64, context=64, depth=2),
+        lambda: CharLMData(context=64, val_fraction=0.01, test_fraction=0.02),
+        AdamW,
+        ADAM_GRID,
+        1000,
+        num_classes=256,
+    ),
+}
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": Constant(),
+    "linear": Linear(),
+    "cosine": Cosine(),
+    "warm-up cosine": Warmup(Cosine(), 0.05),
+    "rex": Rex(),
+    "one-cycle": OneCycle(),
+    "warm-up stable decay": WarmupStableDecay(),
+}
+
+
+@dataclass(frozen=True)
+class RangeThen(AbstractSearch):
+    """The best recipe without tuning today: a range test, then a fixed schedule over the steps that are left."""
+
+    schedule: Schedule
+
+    def requests(self, run: Run) -> Requests:
+        suggestion = yield from RangeTest(repeats=1).measure(run)
+        left = (run.total_steps or 0) - 100
+        yield Train(suggestion.lr or run.lr, left, self.schedule.stretched(left))
+
+
+class RangeThenCallback(SearchCallback):
+    def __init__(self, schedule: Schedule, **options: Any) -> None:
+        super().__init__(**options)
+        self.recipe = RangeThen(schedule)
+
+    def make_search(self, run: Run) -> AbstractSearch:
+        return self.recipe
+
+
+class ScheduleFreeMode(Callback):
+    """Schedule-free optimizers have one set of weights to train with and another to evaluate."""
+
+    def _set(self, trainer: Any, mode: str) -> None:
+        for optimizer in trainer.optimizers:
+            getattr(optimizer, mode)()
+
+    def on_train_start(self, trainer: Any, *args: Any) -> None:
+        self._set(trainer, "train")
+
+    def on_validation_start(self, trainer: Any, *args: Any) -> None:
+        self._set(trainer, "eval")
+
+    def on_validation_end(self, trainer: Any, *args: Any) -> None:
+        self._set(trainer, "train")
+
+    def on_train_end(self, trainer: Any, *args: Any) -> None:
+        self._set(trainer, "eval")
+
+
+def searches(task: Task) -> dict[str, Callable[[], list[Callback]]]:
+    """Methods that need no learning rate from the user."""
+    return {
+        "autolrs": lambda: [AutoLRSCallback(count_search=True)],
+        "autolrs, published": lambda: [
+            AutoLRSCallback(tau=task.steps // 20, method="published", objective="auto", count_search=True)
+        ],
+        "range test + cosine": lambda: [RangeThenCallback(Cosine(), count_search=True)],
+        "range test + warm-up cosine": lambda: [RangeThenCallback(Warmup(Cosine(), 0.05), count_search=True)],
+        "factor search": lambda: [FactorSearchCallback(count_search=True, every=task.steps // 20)],
+        **autowu(),
+    }
+
+
+def autowu() -> dict[str, Callable[[], list[Callback]]]:
+    from lightning_autolr import AutoWUCallback
+
+    return {"autowu": lambda: [AutoWUCallback()]}
+
+
+def optimizers(task: Task) -> dict[str, tuple[Callable[..., torch.optim.Optimizer], Callable[[], list[Callback]]]]:
+    """Optimizers that set their own step size."""
+    import prodigyopt
+    import schedulefree
+
+    free = schedulefree.SGDScheduleFree if task.optimizer is SGD else schedulefree.AdamWScheduleFree
+    return {
+        "prodigy + cosine": (partial(prodigyopt.Prodigy, lr=1.0), lambda: [ScheduleCallback(Cosine())]),
+        "schedule-free": (free, lambda: [ScheduleFreeMode()]),
+    }
+
+
+def run(name: str, method: str, lr: float | None, seed: int, steps: int | None, folder: Path) -> dict[str, Any]:
+    """One training; everything there is to know about it."""
+    task = TASKS[name]
+    total = steps or task.steps
+    optimizer = partial(task.optimizer, lr=task.default_lr if lr is None else lr)
+    if method in SCHEDULES:
+        callbacks: list[Callback] = [ScheduleCallback(SCHEDULES[method])]
+    elif method in (own := optimizers(task)):
+        optimizer, make = own[method]  # type: ignore[assignment]
+        callbacks = make()
+    else:
+        callbacks = searches(task)[method]()
+    seed_everything(seed, verbose=False)
+    module = ClassificationTask(task.network(), num_classes=task.num_classes, optimizer=optimizer)
+    curve = Curve()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=total,
+        callbacks=[*callbacks, curve],
+        logger=False,
+        default_root_dir=folder / f"{name}-{method}-{lr}-{seed}".replace(" ", "_"),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        check_val_every_n_epoch=None,
+        val_check_interval=max(1, total // 20),
+        num_sanity_val_steps=0,
+    )
+    begun = time.perf_counter()
+    data = task.data()
+    trainer.fit(module, data)
+    seconds = time.perf_counter() - begun
+    (tested,) = trainer.test(module, data, verbose=False)
+    (validated,) = trainer.validate(module, data, verbose=False)
+    summary = next((c.summary for c in callbacks if isinstance(c, SearchCallback)), {})
+    account = {k: summary.get(k, 0) for k in ("search_steps", "probe_steps", "undone_steps", "eval_batches", "search_seconds")}
+    finite = math.isfinite(tested["test_loss"])
+    return {
+        "task": name,
+        "method": method,
+        "lr": lr,
+        "seed": seed,
+        "total_steps": total,
+        "real_steps": trainer.global_step,
+        "test_loss": tested["test_loss"] if finite else 1e4,
+        "test_acc": tested["test_acc"],
+        "val_loss": validated["val_loss"] if math.isfinite(validated["val_loss"]) else 1e4,
+        "seconds": seconds,
+        "learning_rates": summary.get("learning_rates", [])[:100],
+        "curve": curve.points,
+        **account,
+    }
+
+
+class Curve(Callback):
+    """Validation loss at real steps."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, float]] = []
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        if trainer.state.fn == "fit" and "val_loss" in trainer.callback_metrics:
+            self.points.append((trainer.global_step, float(trainer.callback_metrics["val_loss"])))
+
+
+def plan(arguments: argparse.Namespace) -> list[tuple[str, str, float | None, int]]:
+    """All runs: seed by seed, so that a table can be read early."""
+    jobs: list[tuple[str, str, float | None, int]] = []
+    for seed in range(arguments.seeds):
+        for name in arguments.tasks:
+            task = TASKS[name]
+            for method in [*searches(task), *optimizers(task)]:
+                jobs.append((name, method, None, seed))
+            for method in SCHEDULES:
+                jobs += [(name, method, lr, seed) for lr in (None, *task.grid)]
+    return [job for job in jobs if not arguments.methods or job[1] in arguments.methods]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Per task: test loss by method, with the interval of the paired difference to the best tuned schedule."""
+    lines = []
+    for name in dict.fromkeys(row["task"] for row in rows):
+        mine = [r for r in rows if r["task"] == name]
+        arms: dict[str, dict[int, dict[str, Any]]] = {}
+        for method in dict.fromkeys(r["method"] for r in mine):
+            of = [r for r in mine if r["method"] == method]
+            lrs = sorted({r["lr"] for r in of if r["lr"] is not None})
+            default = {r["seed"]: r for r in of if r["lr"] is None}
+            if default:
+                arms[f"{method}, default LR" if method in SCHEDULES else method] = default
+            if lrs:
+                by_lr = {lr: {r["seed"]: r for r in of if r["lr"] == lr} for lr in lrs}
+                best = min(lrs, key=lambda lr: np.mean([r["val_loss"] for r in by_lr[lr].values()]))
+                arms[f"{method}, tuned ({best:g})"] = by_lr[best]
+        tuned = [a for a in arms if ", tuned" in a]
+        oracle = min(tuned, key=lambda a: np.mean([r["val_loss"] for r in arms[a].values()]), default=None)
+        lines += ["", f"### {name}", ""]
+        lines += ["| method | test loss | against the oracle (95 %) | test accuracy | search | eval batches | s |"]
+        lines += ["|---|--:|--:|--:|--:|--:|--:|"]
+        for arm in sorted(arms, key=lambda a: np.mean([r["test_loss"] for r in arms[a].values()])):
+            runs = list(arms[arm].values())
+            loss = [r["test_loss"] for r in runs]
+            spread = np.std(loss, ddof=1) / math.sqrt(len(loss)) if len(loss) > 1 else math.nan
+            share = np.mean([r["search_steps"] for r in runs]) / runs[0]["total_steps"]
+            lines.append(
+                f"| {arm}{' (oracle)' if arm == oracle else ''} | {np.mean(loss):.4f} ± {spread:.4f} "
+                f"| {_against(arms, arm, oracle)} | {100 * np.mean([r['test_acc'] for r in runs]):.2f} | {share:.0%} "
+                f"| {np.mean([r['eval_batches'] for r in runs]):.0f} | {np.mean([r['seconds'] for r in runs]):.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def _against(arms: dict[str, dict[int, dict[str, Any]]], arm: str, oracle: str | None) -> str:
+    if oracle is None or arm == oracle:
+        return "-"
+    seeds = sorted(set(arms[arm]) & set(arms[oracle]))
+    differences = np.array([arms[arm][s]["test_loss"] - arms[oracle][s]["test_loss"] for s in seeds])
+    if len(seeds) < 3 or np.ptp(differences) == 0:
+        return f"{differences.mean():+.4f}"
+    interval = bootstrap((differences,), np.mean, method="basic", rng=0).confidence_interval
+    return f"{differences.mean():+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", default=[])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=None, help="optimizer steps instead of each task's own")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.jsonl"))
+    parser.add_argument("--short", action="store_true", help="one task, a few steps")
+    parser.add_argument("--table", action="store_true", help="print the table of what was run, and run nothing")
+    arguments = parser.parse_args()
+    if arguments.short:
+        arguments.tasks, arguments.seeds, arguments.steps = ["digits"], 1, 120
+        arguments.methods, arguments.out = ["autolrs", "cosine"], Path("runs/quality-short.jsonl")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
+    done = {(r["task"], r["method"], r["lr"], r["seed"]) for r in rows}
+    jobs = [] if arguments.table else [job for job in plan(arguments) if job not in done]
+    for number, (name, method, lr, seed) in enumerate(jobs):
+        row = run(name, method, lr, seed, arguments.steps, Path("runs/quality"))
+        with arguments.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        rows.append(row)
+        print(
+            f"[{number + 1}/{len(jobs)}] {name}, {method}, lr {lr}, seed {seed}: test {row['test_loss']:.4f}, "
+            f"{row['search_steps']} of {row['total_steps']} steps search, {row['seconds']:.0f} s",
+            flush=True,
+        )
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
