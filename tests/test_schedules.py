@@ -39,6 +39,7 @@ from lightning_autolr.schedules import (
     Scaled,
     Schedule,
     Segment,
+    Shifted,
     Step,
     Tabulated,
     WarmRestarts,
@@ -73,6 +74,8 @@ ZOO: list[Schedule] = [
     Warmup(OneCycle(20), num_warmup_steps=0.25, start=0.5, in_budget=False),
     Joined((Linear(10), Constant(), Warmup(Cyclic(step_size=3), 2)), (10, 15)),
     Scaled(Joined((Points((0.1, 1.0), 5), Cosine(15)), (5,)), 2.0),
+    Shifted(WarmupStableDecay(30), by=10),
+    Shifted(Cyclic(step_size=7, momentum=(0.8, 0.9)), by=3),
     Sampled(Cosine(20)),
     Sampled(Rex(20), rate=0.1),
     Sampled(Warmup(Linear(20), 0.1), rate=(0.3, 10, 0.7)),
@@ -104,6 +107,7 @@ OPEN = [
     Warmup(Rex(), num_warmup_steps=5),
     WarmupStableDecay(num_warmup_steps=5, decay=Cosine()),
     Joined((Linear(), Constant(), Step()), (5, 0.5)),
+    Shifted(Cosine(), by=5),
     Sampled(Cyclic(step_size=2), rate=0.25),
     Sampled(Constant(), rate=(0.1, 3)),
 ]
@@ -229,6 +233,14 @@ def test_a_sample_point_is_read_at_its_own_step(parts: int, steps_per_part: int)
     for part in range(parts):
         first = part * steps_per_part
         assert [sampled(first), sampled(first + steps_per_part - 1)] == pytest.approx([1 - first / total] * 2)
+
+
+@pytest.mark.parametrize("percent", range(1, 100))
+def test_a_sample_point_in_percent_is_a_step(percent: int) -> None:
+    """0.07 * 100 is a little more than 7."""
+    for rate in (percent / 100, (percent / 100,)):
+        sampled = Sampled(Linear(100), rate)
+        assert [sampled(percent - 1), sampled(percent)] == pytest.approx([1, 1 - percent / 100])
 
 
 def test_sampled_every_so_many_steps() -> None:
@@ -461,6 +473,17 @@ def test_stretching_keeps_steps_and_lets_fractions_follow() -> None:
     assert Cyclic(step_size=7).stretched(100) == Cyclic(step_size=7)
 
 
+def test_shifted() -> None:
+    shifted = Shifted(Cosine(20), by=5)
+    assert shifted.length == 15
+    assert values(shifted, 20) == values(Cosine(20), 25)[5:]
+    assert shifted.stretched(30) == Shifted(Cosine(40), by=10)
+    assert Shifted(Cosine(), by=5).stretched(15) == shifted
+    momentum = Shifted(OneCycle(20), by=5).momentum_schedule()
+    assert momentum is not None
+    assert momentum(5) == pytest.approx(0.85)
+
+
 def test_fractions_of_a_known_budget_need_no_stretching() -> None:
     assert Warmup(Cosine(100), 0.1).is_resolved
     assert Sampled(Cosine(100), 0.1).is_resolved
@@ -631,6 +654,7 @@ def test_empty_segments_are_passed_over() -> None:
         (lambda: Joined((Linear(1), Linear(1), Linear(1)), (20, 10)), "rising"),
         (lambda: Joined((TABLE, Linear(10)), (5,)), "only factors or only learning rates"),
         (lambda: Scaled(Linear(10), -1.0), "factor"),
+        (lambda: Shifted(Linear(10), -1), "by to be an integer >= 0"),
         (lambda: Sampled(Linear(10), 0), "rate > 0"),
         (lambda: Sampled(Linear(10), (0.5, 1.5)), "rate entry"),
         (lambda: Segment(-1, 0.1), "num_steps"),

@@ -15,6 +15,7 @@ from lightning_autolr.schedules.base import (
     Constant,
     Schedule,
     as_amount,
+    as_count,
     as_steps,
     check_number,
     replace_field,
@@ -362,22 +363,41 @@ class Shifted(Schedule):
     """A schedule read from a later step on: what a run does from there.
 
     Args:
-        schedule: any schedule whose number of steps is known.
+        schedule: any schedule.
         by: steps to leave out, >= 0.
 
-    >>> from lightning_autolr.schedules import Linear
-    >>> [Shifted(Linear(num_steps=10), by=8)(step) for step in (0, 1, 2)]
-    [0.2, 0.1, 0.0]
+    Stretching keeps the share that is left out, if the schedule's number of steps was known, and the steps otherwise.
+
+    >>> [Shifted(Linear(num_steps=4), by=2)(step) for step in (0, 1, 2)]
+    [0.5, 0.25, 0.0]
     """
 
     schedule: Schedule
     by: int = 0
 
     def __post_init__(self) -> None:
-        if self.by < 0:
-            raise ValueError(f"Expected by >= 0, got {self.by=}.")
-        if not self.schedule.is_resolved:
-            raise ValueError(f"Expected a schedule whose number of steps is known, got {self.schedule}.")
+        replace_field(self, "by", as_count("by", self.by))
+
+    @property
+    def absolute(self) -> bool:
+        return self.schedule.absolute
+
+    @property
+    def length(self) -> int | None:
+        length = self.schedule.length
+        return None if length is None else max(length - self.by, 0)
+
+    @property
+    def is_resolved(self) -> bool:
+        return self.schedule.is_resolved
+
+    def stretched(self, num_steps: int) -> Shifted:
+        by = round(self.by * num_steps / self.length) if self.length else self.by
+        return Shifted(self.schedule.stretched(by + num_steps), by)
 
     def __call__(self, step: float) -> float:
         return self.schedule(self.by + step)
+
+    def momentum_schedule(self) -> Schedule | None:
+        momentum = self.schedule.momentum_schedule()
+        return None if momentum is None else Shifted(momentum, self.by)

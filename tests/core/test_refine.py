@@ -96,10 +96,9 @@ def test_the_whole_way_on_a_spiky_sequence() -> None:
 
 
 def test_right_end_is_reflected_and_left_end_held() -> None:
-    rising = np.arange(1.0, 31.0)  # width 3
-    smoothed = smoothed_norms(rising)
-    assert smoothed[-1] == 29.0  # median of 29, 30 and the reflected 29; held, it would be 30
-    assert smoothed[0] == 1.0  # median of the held 1, 1 and 2; reflected, it would be 2
+    smoothed = smoothed_norms(np.arange(1.0, 51.0))  # width 5
+    assert smoothed[-1] == 49.0  # median of 48, 49, 50 and the reflected 49, 48; held, it would be 50
+    assert smoothed[0] == 1.0  # median of 1, 1, 1, 2, 3; reflected, it would be 2
 
 
 def test_bad_values_are_interpolated_and_the_length_kept() -> None:
@@ -193,8 +192,8 @@ class TestOnline:
         assert [rest(step) for step in range(30 - done)] == pytest.approx([offline(t) for t in range(done, 30)])
 
     def test_smoothing_is_a_share_of_the_whole_run(self) -> None:
-        """A spike in the last of 20 known norms does not count when the window is a tenth of 100 steps."""
-        calm, spike = [1.0] * 20, [1.0] * 19 + [9.0]
+        """Three steps are few in a window of 11, a tenth of 100, and many in one of 3, a tenth of the known 20."""
+        calm, spike = [1.0] * 20, [1.0] * 17 + [9.0] * 3
         assert refine_online(spike, 100) == refine_online(calm, 100)
         assert refine_online(spike, 100, smoothing=0)(0) < refine_online(calm, 100, smoothing=0)(0) / 10
 
