@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from lightning_autolr.engine import compat
 from lightning_autolr.engine.state import RandomState
+
+_MIN_EVALUATIONS = 8
 
 __all__ = ["Draws", "mix", "own_batch", "validation_batches"]
 
@@ -51,11 +54,17 @@ class Draws:
         self._trainer, self._seed, self._loader, self._cache_bytes = trainer, seed, loader, cache_bytes
         self.num_reserved = num_reserved
         self._used: dict[int, int] = {}
+        self._starts: dict[int, int] = {}
         self._current: tuple[int, _Batches] | None = None
 
     def note(self, draw: int, num_batches: int) -> None:
-        """Remember how far a draw was read, so that later draws of an ordered stream begin after it."""
-        self._used[draw] = max(self._used.get(draw, 0), num_batches)
+        """Remember how far a draw may be read, so that later draws of an ordered stream begin after it.
+
+        What counts is what was asked for: a candidate that diverged early, or whose answer was known from a killed run,
+        must not change what later draws see.
+        """
+        self._start(draw)
+        self._used[draw] = max(self._used.get(draw, 0), self.num_reserved + num_batches)
 
     def training(self, draw: int, first: int, count: int) -> list[Any]:
         """Batches ``first ... first + count - 1`` of those that may be trained on."""
@@ -72,10 +81,13 @@ class Draws:
     def _read(self, draw: int, first: int, count: int) -> list[Any]:
         if self._current is None or self._current[0] != draw:
             self._current = None  # free the old draw's batches first
-            skip = sum(n for d, n in self._used.items() if d < draw)
+            skip = self._start(draw)
             self._current = (draw, _Batches(lambda number: self._one_pass(draw, number, skip), self._cache_bytes, self._rng(draw)))
-        self.note(draw, first + count)
         return [own_batch(self._current[1][i]) for i in range(first, first + count)]
+
+    def _start(self, draw: int) -> int:
+        """Where a draw begins in an ordered stream; fixed when it is first mentioned."""
+        return self._starts.setdefault(draw, sum(n for d, n in self._used.items() if d < draw))
 
     def _rng(self, draw: int) -> _OwnRandomness:
         return _OwnRandomness(mix(self._seed, draw), self._trainer.strategy.root_device)
@@ -87,9 +99,8 @@ class Draws:
             return iter(_clone(self._loader, seed, draw, skip if number == 0 else 0, self._trainer))
         combined = compat.combined_loader(self._trainer)
         clones = [_clone(leaf, seed, draw, skip if number == 0 else 0, self._trainer) for leaf in combined.flattened]
-        limit = self._trainer.num_training_batches
         batches = (batch for batch, _, _ in iter(compat.clone_combined(combined, clones)))
-        return itertools.islice(batches, None if limit == float("inf") else int(limit))
+        return _first(batches, self._trainer.num_training_batches)
 
 
 class _OwnRandomness:
@@ -143,7 +154,7 @@ class _Batches:
                 empty = False
                 if batch is not None:
                     yield batch
-            if empty:
+            if empty and number:  # the first pass of a stream may be over before it begins, when it is entered late
                 raise ValueError("Expected the training loader to yield batches for probes, got none.")
 
 
@@ -154,18 +165,51 @@ def _num_bytes(batch: Any) -> int:
 
 
 def validation_batches(trainer: Any, count: int | None, loaders: list[Any], seed: int) -> list[tuple[Any, int, int]]:
-    """The first ``count`` batches of each validation loader, as (batch, index, number of the loader)."""
+    """The first ``count`` batches of each validation loader, as (batch, index, number of the loader).
+
+    No more of them than the Trainer's own validation uses.
+    """
+    limits = trainer.num_val_batches if isinstance(trainer.num_val_batches, list) else [trainer.num_val_batches]
+    counts = [min(limit, math.inf if count is None else count) for limit in limits]
     randomness = _OwnRandomness(mix(seed), trainer.strategy.root_device)
 
     def load() -> list[tuple[Any, int, int]]:
         return [
             (batch, i, number)
             for number, loader in enumerate(loaders)
-            for i, batch in enumerate(itertools.islice(_clone(loader, mix(seed), 0, 0, trainer), count))
+            for i, batch in enumerate(_first(_clone(loader, mix(seed), 0, 0, trainer), counts[number]))
         ]
 
     batches: list[tuple[Any, int, int]] = randomness.run(load)
-    return batches
+    parts = -(-_MIN_EVALUATIONS // max(1, len(batches)))
+    return [(part, i, number) for batch, i, number in batches for part in split(batch, parts)]
+
+
+def split(batch: Any, parts: int) -> list[Any]:
+    """The batch in equal parts along its first dimension; whole unless it is made of tensors that agree about it.
+
+    The difference between two candidates has a standard error only when there are several losses to compare.
+    """
+    leaves = list(_leaves(batch))
+    sizes = {leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else 0 for leaf in leaves}
+    size = sizes.pop() if len(sizes) == 1 else 0
+    if size < 2 or parts < 2:
+        return [batch]
+    parts = next((n for n in range(parts, 2 * parts) if size % n == 0), min(parts, size))
+    edges = [round(i * size / parts) for i in range(parts + 1)]
+    return [apply_to_collection(batch, Tensor, lambda t, a=a, b=b: t[a:b]) for a, b in itertools.pairwise(edges)]
+
+
+def _first(batches: Iterable[Any], count: float) -> Iterator[Any]:
+    return itertools.islice(batches, None if count == math.inf else int(count))
+
+
+def _leaves(batch: Any) -> Iterator[Any]:
+    if isinstance(batch, (dict, list, tuple)):
+        for item in batch.values() if isinstance(batch, dict) else batch:
+            yield from _leaves(item)
+    else:
+        yield batch
 
 
 def _clone(loader: Any, seed: int, draw: int, skip: int, trainer: Any) -> Iterable[Any]:
