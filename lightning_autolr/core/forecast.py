@@ -143,6 +143,8 @@ def _fit_bounded(y: Array, horizon: float, nothing: Forecast, floor: float) -> F
     i = int(np.argmin(rest))
     values = a * np.exp(-np.exp(rates) * horizon) + c
     rate, value = math.exp(rates[i]), max(float(values[i]), floor)
+    if value - floor < 1e-6 * np.ptp(y):
+        value = floor  # rounding must not rank candidates that all get there
 
     noise = max(rest[i] / (len(y) - 3), np.finfo(np.float64).eps * float(y @ y))
     weights = np.exp(-(rest - rest[i]) / (2 * noise))
