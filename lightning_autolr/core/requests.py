@@ -9,14 +9,13 @@ All losses are means over ranks. A step is one optimizer step (one batch under m
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from collections.abc import Generator
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
-from lightning_autolr.schedules import Constant, Schedule, Segment
+from lightning_autolr.schedules import Constant, Schedule, Segment, from_plain, to_plain
 
 __all__ = [
     "Answer",
@@ -90,7 +89,7 @@ class Probe:
     num_steps: int
     draw: int = 0
     offset: int = 0
-    shape: Schedule = Constant()
+    shape: Schedule = field(default=Constant())
     start: str | None = None
     keep_end: bool = False
     evaluate: Literal["validation", "holdout", "none"] = "validation"
@@ -164,7 +163,7 @@ class Train:
 
     lr: float
     num_steps: int | None
-    shape: Schedule = Constant()
+    shape: Schedule = field(default=Constant())
     momentum: Schedule | None = None
     start: str | None = None
     keep_start: bool = False
@@ -203,6 +202,9 @@ class ProbeResult:
     status: Status = Status.OK
     end: str | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "status", Status(self.status))  # comes as text from a file
+
     @property
     def loss(self) -> float:
         """Mean loss of the last evaluation; inf when the probe diverged or the loss is not finite."""
@@ -227,6 +229,9 @@ class TrainResult:
     start: str | None = None
     grad_norms: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "status", Status(self.status))
+
 
 Request = Probe | LineProbe | Train
 Answer = ProbeResult | LineResult | TrainResult
@@ -247,50 +252,19 @@ def _resolve_shape(request: Probe | Train) -> None:
 def encode(value: Any) -> Any:
     """Turn requests, answers and schedules into plain JSON values; :func:`decode` is its inverse.
 
-    Floats survive exactly. NaN and the infinities become strings, since JSON has no word for them.
-
     >>> encode(Train(lr=0.1, num_steps=None))["type"]
     'Train'
     >>> decode(encode(Probe(lr=0.1, num_steps=5))) == Probe(lr=0.1, num_steps=5)
     True
     """
-    if isinstance(value, Enum):
-        return value.value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-        return {"type": type(value).__name__, **fields}
-    if isinstance(value, (tuple, list)):
-        return [encode(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
+    return to_plain(value)
 
 
 def decode(value: Any) -> Any:
     """Rebuild what :func:`encode` wrote. Lists come back as tuples.
 
     Raises:
-        ValueError: a ``type`` that this version does not know.
+        ValueError: a ``type`` or a field that this version does not know.
     """
-    if isinstance(value, dict):
-        kinds = {cls.__name__: cls for cls in (*_PLAIN, *_subclasses(Schedule))}
-        if value.get("type") not in kinds:
-            raise ValueError(f"Expected a type out of {sorted(kinds)}, got {value.get('type')!r}.")
-        fields = {name: decode(v) for name, v in value.items() if name != "type"}
-        if "status" in fields:
-            fields["status"] = Status(fields["status"])
-        return kinds[value["type"]](**fields)
-    if isinstance(value, (list, tuple)):
-        return tuple(decode(v) for v in value)
-    if value in ("nan", "inf", "-inf"):
-        return float(value)
-    return value
-
-
-_PLAIN = (Segment, Probe, LineProbe, Train, Evaluation, ProbeResult, LineResult, TrainResult)
-
-
-def _subclasses(cls: type) -> Iterable[type]:
-    for sub in cls.__subclasses__():
-        yield sub
-        yield from _subclasses(sub)
+    kinds = (Segment, Probe, LineProbe, Train, Evaluation, ProbeResult, LineResult, TrainResult)
+    return from_plain(value, kinds)

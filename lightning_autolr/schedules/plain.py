@@ -1,10 +1,12 @@
-"""Values to plain JSON and back; floats survive exactly."""
+"""Values to plain JSON and back; floats survive exactly. NaN and the infinities become strings: JSON has no word for them."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Iterable
+from enum import Enum
 from typing import Any
 
 from lightning_autolr.schedules.base import Schedule
@@ -17,13 +19,17 @@ def to_plain(value: Any) -> Any:
     >>> to_plain(Rex(num_steps=10))
     {'type': 'Rex', 'num_steps': 10, 'end': 0.0, 'd': 0.5}
     """
+    if isinstance(value, Enum):
+        return value.value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
         return {"type": type(value).__name__, **fields}
     if isinstance(value, (tuple, list)):
         return [to_plain(v) for v in value]
     if isinstance(value, numbers.Real) and not isinstance(value, bool):  # NumPy's numbers too: JSON knows only Python's
-        return int(value) if isinstance(value, numbers.Integral) else float(value)
+        if isinstance(value, numbers.Integral):
+            return int(value)
+        return float(value) if math.isfinite(value) else str(float(value))
     return value
 
 
@@ -44,7 +50,7 @@ def from_plain(value: Any, kinds: Iterable[type] = ()) -> Any:
         return cls(**{name: from_plain(value[name], kinds) for name in given})
     if isinstance(value, (list, tuple)):
         return tuple(from_plain(v, kinds) for v in value)
-    return value
+    return float(value) if value in ("nan", "inf", "-inf") else value
 
 
 def _subclasses(cls: type) -> Iterable[type]:

@@ -40,9 +40,9 @@ class Fixed(AbstractSearch):
                     "`total_steps=` to the callback, or give the schedule its own `num_steps`."
                 )
             schedule = schedule.stretched(run.total_steps)
-        momentum = schedule.momentum_schedule() if hasattr(schedule, "momentum_schedule") else None
         lr = 1.0 if schedule.absolute else self.peak_lr or run.lr
-        yield Train(lr=lr, num_steps=None, shape=schedule, momentum=momentum, label=type(schedule).__name__)
+        label = type(schedule).__name__
+        yield Train(lr=lr, num_steps=None, shape=schedule, momentum=schedule.momentum_schedule(), label=label)
 
     def _segments(self, table: Tabulated) -> Requests:
         returned_to = {segment.back_to for segment in table.segments} - {None}
