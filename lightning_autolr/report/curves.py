@@ -1,0 +1,145 @@
+"""The course of finished runs, read from their folders, and a figure that compares them."""
+
+from __future__ import annotations
+
+import bisect
+import csv
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lightning_autolr.core.requests import LineProbe, ProbeResult
+from lightning_autolr.report.trace import read_trace
+
+__all__ = ["Course", "comparison_figure", "read_course"]
+
+Points = Sequence[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Course:
+    """How one run went. Points are (schedule step, value).
+
+    Args:
+        lr: learning rate.
+        score: the metric that is compared, on the validation data where there is one, else the training loss.
+        score_name: what the score is.
+        searches: (schedule step, steps of search up to there), rising.
+    """
+
+    lr: Points
+    score: Points
+    score_name: str
+    searches: Points
+
+    def total(self, step: int) -> int:
+        """Steps of training and search together at a schedule step."""
+        index = bisect.bisect_right(self.searches, (step, math.inf))
+        return step + (int(self.searches[index - 1][1]) if index else 0)
+
+
+def read_course(folder: Path, metric: str) -> Course:
+    """Read ``metrics.csv`` and, if there is one, ``autolr/trace.jsonl``.
+
+    Args:
+        folder: of a finished run.
+        metric: what is compared at the end, such as ``test_loss``; its course is that of ``val_loss``.
+    """
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = list(rows[0]) if rows else []
+    wished = ("val_" + metric.partition("_")[2], "val_loss", "train_loss", "train_loss_step")
+    score = next((name for name in wished if name in columns), "")
+    lr = next((name for name in columns if name == "autolr/lr" or name.startswith("lr-")), "")
+    return Course(_column(rows, lr), _column(rows, score), score, _searches(folder / "autolr" / "trace.jsonl"))
+
+
+def _column(rows: list[dict[str, str]], name: str) -> Points:
+    return [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+
+
+def _searches(trace: Path) -> Points:
+    """Private steps are those of probes; steps that were trained and undone are steps of the Trainer already."""
+    points: list[tuple[int, float]] = []
+    for entry in read_trace(str(trace)) if trace.exists() else ():
+        request, answer = entry.request, entry.answer
+        if isinstance(request, LineProbe):
+            made = request.horizon
+        elif isinstance(answer, ProbeResult):
+            made = len(answer.losses)
+        else:
+            continue
+        points.append((entry.global_step, made + (points[-1][1] if points else 0)))
+    return points
+
+
+def comparison_figure(
+    courses: Mapping[str, Sequence[Course]], finals: Mapping[str, Sequence[float]], metric: str
+) -> Figure:
+    """Learning rates, scores over schedule steps and over total steps, and final metrics.
+
+    Args:
+        courses: of each configuration, one per finished run.
+        finals: final metric of the same runs.
+        metric: its name.
+    """
+    figure = Figure(figsize=(13, 8.5), layout="constrained")
+    axes = figure.subplots(2, 2)
+    (lr, schedule), (final, total) = axes
+    palette = colormaps["tab10" if len(courses) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    handles = []
+    for (name, runs), color in zip(courses.items(), itertools.cycle(palette)):
+        for run in runs:
+            style = {"color": color, "linewidth": 1.2, "alpha": 0.8}
+            handle = lr.plot(*_xy(run.lr), **style)[0]
+            schedule.plot(*_xy(run.score), **style)
+            total.plot(*_xy([(run.total(step), value) for step, value in run.score]), **style)
+        if runs:
+            handles.append((handle, name))
+    _label(lr, "learning rate", "schedule steps", log=True)
+    score = next((run.score_name for runs in courses.values() for run in runs), "")
+    positive = all(value > 0 for runs in courses.values() for run in runs for _, value in run.score)
+    _label(schedule, score, "schedule steps", log=positive and "loss" in score)
+    _label(total, score, "total steps, search included", log=positive and "loss" in score)
+    schedule.sharey(total)
+    _draw_finals(final, finals, metric, palette)
+    if handles:
+        figure.legend(
+            *zip(*handles, strict=True), loc="outside upper center", ncols=min(6, len(handles)), frameon=False
+        )
+    return figure
+
+
+def _xy(points: Points) -> tuple[list[float], list[float]]:
+    finite = [(step, value) for step, value in points if math.isfinite(value)]
+    return [step for step, _ in finite], [value for _, value in finite]
+
+
+def _label(axis: Axes, y: str, x: str, log: bool) -> None:
+    axis.set(xlabel=x, ylabel=y)
+    if log:
+        axis.set_yscale("log")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_finals(axis: Axes, finals: Mapping[str, Sequence[float]], metric: str, palette: Sequence[object]) -> None:
+    for row, (values, color) in enumerate(zip(finals.values(), itertools.cycle(palette))):
+        finite = [value for value in values if math.isfinite(value)]
+        axis.scatter(finite, [row] * len(finite), color=color, alpha=0.7)
+        if finite:
+            axis.scatter([sum(finite) / len(finite)], [row], color="black", marker="|", s=250)
+        if len(finite) < len(values):
+            text = f"  {len(values) - len(finite)} diverged"
+            axis.annotate(text, (0, row), xycoords=("axes fraction", "data"), va="center", color="#c0392b")
+    axis.set_yticks(range(len(finals)), list(finals))
+    axis.invert_yaxis()
+    axis.set(xlabel=f"final {metric} (bar: mean)")
+    axis.grid(alpha=0.25, axis="x")
+    axis.spines[["top", "right"]].set_visible(False)
