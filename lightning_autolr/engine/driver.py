@@ -15,16 +15,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_autolr.core.requests import (
     Answer,
     LineProbe,
     Probe,
+    ProbeResult,
     Request,
     Requests,
     Run,
@@ -44,7 +46,7 @@ from lightning_autolr.engine.progress import Progress
 from lightning_autolr.engine.ranks import decide, gather, mean_over_ranks, strategy_is_distributed
 from lightning_autolr.engine.state import RandomState
 from lightning_autolr.engine.steps import steps_per_batch
-from lightning_autolr.report.trace import Entry, Record, read_trace, summary_of
+from lightning_autolr.report.trace import Entry, Record, read_leftover, summary_of
 from lightning_autolr.schedules import Segment
 from lightning_autolr.search.base import AbstractSearch, ReplayError, replay
 
@@ -64,6 +66,7 @@ class _Active:
     global_step: int = 0
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
+    judged: int = 0
     begun: float = 0.0
 
 
@@ -135,6 +138,7 @@ class SearchCallback(Callback):
             probe_dataloader=probe_dataloader,
         )
         self._loaded: dict[str, Any] | None = None
+        self._final: dict[str, Any] | None = None
         self._trainer: Any = None
 
     @abstractmethod
@@ -176,8 +180,12 @@ class SearchCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._trainer = trainer
-        state, self._loaded = self._loaded, None
+        state, self._loaded, self._final = self._loaded, None, None
+        if self.searches and any(is_lazy(p) for p in pl_module.parameters()):
+            raise MisconfigurationException(
+                "Expected parameters with shapes, got lazy ones, which a probe would initialize. Run one batch through the "
+                "module in `configure_model`."
+            )
         self._lr = LearningRate(trainer.optimizers, self.on_scheduler == "multiply", state["lr"] if state else None)
         self._progress = Progress(trainer)
         self._prober = Prober(trainer, self._lr, self.probe_options, self._show)
@@ -189,16 +197,18 @@ class SearchCallback(Callback):
         self._grad_norms: GradNorms | None = None
         self._micro_losses: list[Tensor] = []
         self._kept_at: dict[str, int] = {}
+        self._best_at: dict[str, list[str]] = {}
         self._back_to: int | None = None
         self._leftover: list[Entry] = []
         self._random_state: RandomState | None = None
         self._warm = not strategy_is_distributed()
+        self._trainer = trainer
         if state is not None:
             self._resume(state)
         self._requests: Requests | None = None
         self._request: Request | None = None
         self._start_search()
-        self._record.restart()
+        self._record.restart(self._leftover)
 
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -235,7 +245,9 @@ class SearchCallback(Callback):
         loss = outputs.get("loss") if isinstance(outputs, dict) else None
         if loss is not None:
             # under automatic optimization the loop has divided by the accumulation
-            self._micro_losses.append(loss.detach().float().mean() * (trainer.accumulate_grad_batches if automatic else 1))
+            self._micro_losses.append(
+                loss.detach().float().mean() * (trainer.accumulate_grad_batches if automatic else 1)
+            )
         if automatic and trainer.global_step == self._step_before:
             return
         active.steps_done += 1
@@ -244,6 +256,8 @@ class SearchCallback(Callback):
         if self._micro_losses:
             self._unread.append(torch.stack(self._micro_losses).mean())
             self._micro_losses = []
+        if self.count_search and self._budget_is_used_up(active):
+            trainer.should_stop = True
         finished = active.steps_done == active.train.num_steps
         guarded = active.train.keep_start or active.train.stop_above is not None
         if finished or (guarded and active.steps_done % _LOOK_EVERY == 0):
@@ -253,11 +267,13 @@ class SearchCallback(Callback):
 
     @override
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._final = self.state_dict()  # what checkpoints get from now on: a longer run goes on from here
         active, self._active = self._active, None
         if active is not None and active.steps_done:
             self._read_losses(active, guarded=False)
             self._finish(active, Status.OK)
         self._record.write_summary(self.summary)
+        self._record.finish()
         if self.searches:
             rank_zero_info(self._account())
         self._lr.close()
@@ -271,8 +287,7 @@ class SearchCallback(Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self._trainer is not None:
             self._lr.close()
-            for state in list(self._prober.kept):
-                self._prober.release(state)
+            self._prober.close()
             self._trainer = None
 
     # -- what the user may ask --------------------------------------------------------------------------------------
@@ -297,8 +312,8 @@ class SearchCallback(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors; called on every rank when a checkpoint is written."""
-        if self._trainer is None:
-            return self._loaded or {}
+        if self._trainer is None or self._final is not None:
+            return self._final or self._loaded or {}
         active = self._active
         device = self._trainer.strategy.root_device
         if active is not None and self._unread:
@@ -331,15 +346,13 @@ class SearchCallback(Callback):
         vars(self._prober.cost).update(state["cost"])
         load_kept(trainer, self._prober, state["kept"])
         for entry in self._record.trace:
-            if isinstance(entry.request, Probe):
-                count = steps_per_batch(trainer)
-                self._prober.draws.note(entry.request.draw, (entry.request.offset + entry.request.num_steps) * count)
+            if not isinstance(entry.request, Train):
+                self._prober.note(entry.request)
         ranks = state["random_states"]
         if trainer.global_rank < len(ranks):
             self._random_state = RandomState.from_state_dict(ranks[trainer.global_rank], trainer.strategy.root_device)
-        journal = os.path.join(state["folder"], "trace.jsonl")
-        if trainer.is_global_zero and state["folder"] and os.path.exists(journal):
-            self._leftover = read_trace(journal)[len(self._record.trace) :]
+        if trainer.is_global_zero and state["folder"]:
+            self._leftover = read_leftover(state["folder"], len(self._record.trace))
 
     # -- the search -------------------------------------------------------------------------------------------------
 
@@ -390,10 +403,13 @@ class SearchCallback(Callback):
         request: Request | None = decide(trainer.strategy, self._request)
         if isinstance(request, (Probe, LineProbe)):
             begun = time.perf_counter()
-            with self._prober.session() as fingerprint:
-                while isinstance(request, (Probe, LineProbe)):
-                    self._tell(*self._answer(request, fingerprint))
-                    request = decide(trainer.strategy, self._request)
+            while isinstance(request, (Probe, LineProbe)):
+                with self._prober.session() as fingerprint:
+                    while isinstance(request, (Probe, LineProbe)):
+                        self._tell(*self._answer(request, fingerprint))
+                        request = decide(trainer.strategy, self._request)
+                        if self._prober.is_interrupted:
+                            break  # a signal is delivered between two probes, with the real state in place
             self._progress.clear()
             self._prober.cost.seconds += time.perf_counter() - begun
         if request is None:
@@ -404,8 +420,7 @@ class SearchCallback(Callback):
         begun, step = time.perf_counter(), self._trainer.global_step
         known = decide(self._trainer.strategy, self._already_answered(request, fingerprint))
         if known is not None:
-            made = request.num_steps if isinstance(request, Probe) else request.horizon
-            self._prober.cost.steps += made
+            self._prober.note(request)
             return request, known, step, 0.0, fingerprint
         answer = self._prober.answer(request, f"state-{len(self._record.trace)}")
         return request, answer, step, time.perf_counter() - begun, fingerprint
@@ -417,6 +432,11 @@ class SearchCallback(Callback):
         for entry in self._leftover:
             same_place = entry.global_step == self._trainer.global_step and entry.fingerprint == fingerprint
             if same_place and entry.request == request:
+                cost = self._prober.cost
+                cost.steps = max(cost.steps, entry.search_steps - cost.steps_undone)
+                cost.seconds += entry.seconds
+                if isinstance(entry.answer, ProbeResult):
+                    cost.eval_batches += sum(len(evaluation.losses) for evaluation in entry.answer.evaluations)
                 return entry.answer
         return None
 
@@ -442,11 +462,18 @@ class SearchCallback(Callback):
             start = f"state-{len(self._record.trace)}"
             self._prober.keep(start)
             self._kept_at[start] = len(self._record.segments)
+            self._best_at[start] = _best_checkpoints(self._trainer)
         self._lr.start_segment()
         self._active = _Active(train, start, global_step=self._trainer.global_step, begun=time.perf_counter())
 
     def _go_back(self, state: str) -> None:
         """Undo what was trained since ``state`` was kept."""
+        new = set(_best_checkpoints(self._trainer)) - set(self._best_at.get(state, _best_checkpoints(self._trainer)))
+        if new:
+            rank_zero_warn(
+                f"{type(self).__name__} undoes a stage in which a checkpoint was saved as the best one: {', '.join(sorted(new))}. "
+                "The file stays, and holds weights that training does not go on from."
+            )
         self._prober.resume_from(state)
         if state in self._kept_at:
             self._prober.cost.steps_undone += self._record.undo_since(self._kept_at[state])
@@ -459,8 +486,11 @@ class SearchCallback(Callback):
         active, self._active = self._active, None
         assert active is not None
         self._finish(active, status)
-        if self.count_search and decide(self._trainer.strategy, self._request is None):
-            self._trainer.should_stop = True
+
+    def _budget_is_used_up(self, active: _Active) -> bool:
+        total = self._known_total()
+        trained = sum(s.num_steps for s in self._record.segments) + active.steps_done
+        return total is not None and trained + self._prober.cost.steps >= total
 
     def _finish(self, active: _Active, status: Status) -> None:
         self._record.add_segment(self._segment(active))
@@ -475,11 +505,14 @@ class SearchCallback(Callback):
     def _read_losses(self, active: _Active, guarded: bool) -> Status:
         new = mean_over_ranks(self._trainer.strategy, self._unread)
         self._unread = []
+        # A checkpoint reads them too; then the next look has to judge them.
+        unjudged = active.losses[active.judged :] + new
         active.losses.extend(new)
+        active.judged = len(active.losses) if guarded else active.judged
         if self._grad_norms is not None:
             active.grad_norms.extend(self._grad_norms.read())
         limit = math.inf if active.train.stop_above is None else active.train.stop_above
-        return Status.DIVERGED if guarded and any(not x <= limit for x in new) else Status.OK
+        return Status.DIVERGED if guarded and any(not x <= limit for x in unjudged) else Status.OK
 
     def _warm_up(self) -> None:
         """One private step that is thrown away.
@@ -560,6 +593,11 @@ class SearchCallback(Callback):
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"Expected {name} to be one of {choices}, got {value!r}.")
+
+
+def _best_checkpoints(trainer: Any) -> list[str]:
+    monitored = [c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None) is not None]
+    return [path for c in monitored if (path := getattr(c, "best_model_path", ""))]
 
 
 def _moved_behind(callbacks: list[Callback], late: list[Any], first: Callback) -> list[Callback]:
