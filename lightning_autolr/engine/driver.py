@@ -326,6 +326,7 @@ class SearchCallback(Callback):
             "back_to": self._back_to,
             "kept": dump_kept(self._trainer, self._prober),
             "lr": self._lr.state_dict(),
+            "is_linear": self._prober.is_linear,
             "cost": vars(self._prober.cost).copy(),
             "random_states": gather(RandomState(device).state_dict()),
             "folder": self._record.folder or "",
@@ -344,6 +345,7 @@ class SearchCallback(Callback):
             self._active.begun = time.perf_counter()
         self._kept_at, self._back_to = dict(state["kept_at"]), state["back_to"]
         vars(self._prober.cost).update(state["cost"])
+        self._prober.is_linear = state["is_linear"]
         load_kept(trainer, self._prober, state["kept"])
         for entry in self._record.trace:
             if not isinstance(entry.request, Train):

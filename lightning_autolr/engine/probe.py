@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from lightning_autolr.engine.compat import local_tensor, val_loaders
 from lightning_autolr.engine.evaluate import evaluate, evaluate_training_batches
 from lightning_autolr.engine.files import Place, make_store
 from lightning_autolr.engine.lr import LearningRate
-from lightning_autolr.engine.quiet import LogSink, quiet
-from lightning_autolr.engine.ranks import mean_over_ranks, smallest
+from lightning_autolr.engine.quiet import LogSink, deferred_signals, quiet
+from lightning_autolr.engine.ranks import gather, mean_over_ranks, smallest
 from lightning_autolr.engine.state import Fork, RandomState, take_gradients
 from lightning_autolr.engine.steps import private_step, steps_per_batch, to_device
 
@@ -88,8 +89,9 @@ class Prober:
         self._kept: dict[str, Fork] = {}
         self._at: str | None = None  # the state we are in: "here", a kept id, or None when it was trained on
         self._sink: LogSink | None = None
+        self._signals: list[int] = []
         self._validation: list[tuple[Any, int, int]] | None = None
-        self._is_linear: bool | None = None
+        self.is_linear: bool | None = None  # whether updates are proportional to the learning rate; checked once
         self.draws = Draws(
             trainer, options.seed, options.holdout_batches, options.probe_dataloader, options.cache_bytes
         )
@@ -98,29 +100,52 @@ class Prober:
     @contextmanager
     def session(self) -> Iterator[str]:
         """A row of probes from one moment of the run. Yields the fingerprint of the weights."""
-        manual = not self._module.automatic_optimization
         random_state = RandomState(self._strategy.root_device)
-        # At an accumulation boundary automatic optimization has no use for old gradients; a manual one may.
-        grads = list(take_gradients(self._module.parameters()))
-        if not manual:
-            grads = []
-        with quiet(self._trainer, self._module, list(self._options.search_callbacks)) as sink:
-            self._here.capture()
-            self._at, self._sink = "here", sink
+        grads: list[tuple[torch.nn.Parameter, Tensor]] = []
+        with quiet(self._trainer, self._module, list(self._options.search_callbacks)) as (sink, signals):
+            lr, momentum = self._lr.value, self._lr.momentum
+            self._at, self._sink, self._signals = "here", sink, signals
             try:
+                grads += take_gradients(self._module.parameters())
+                self._here.capture()
                 yield self._here.fingerprint()
             finally:
-                self._go_to("here")
-                self._at = self._sink = None
-                for parameter in self._module.parameters():
-                    parameter.grad = None
-                for parameter, grad in grads:
-                    parameter.grad = grad
-                random_state.restore()
-                self.draws.close()
+                with deferred_signals(frozenset({signal.SIGINT})):
+                    self._go_to("here")
+                    self._at = self._sink = None
+                    self._lr.value, self._lr.momentum = lr, momentum
+                    for parameter in self._module.parameters():
+                        parameter.grad = None
+                    # At an accumulation boundary automatic optimization has no use for old gradients; a manual one may.
+                    for parameter, grad in () if self._module.automatic_optimization else grads:
+                        parameter.grad = grad
+                    random_state.restore()
+                    self.draws.close()
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a signal waits for the end of the session, on any rank."""
+        return any(gather(bool(self._signals)))
+
+    @property
+    def lr_memory(self) -> dict[str, Any]:
+        """What the learning rates remember of the module's schedulers; part of the training state."""
+        return self._lr.memory
+
+    def close(self) -> None:
+        """Drop all copies."""
+        for fork in (self._here, *self._kept.values()):
+            fork.release()
+        self._kept.clear()
+
+    def note(self, request: Probe | LineProbe) -> None:
+        """Remember which batches an answered request used up; for those that are not answered here, too."""
+        steps = request.offset + request.num_steps if isinstance(request, Probe) else request.horizon + 1
+        self.draws.note(request.draw, steps * steps_per_batch(self._trainer))
 
     def answer(self, request: Probe | LineProbe, new_id: str) -> ProbeResult | LineResult:
         """Answer one request; inside a session only."""
+        self.note(request)
         result = self._probe(request, new_id) if isinstance(request, Probe) else self._line_probe(request)
         for state in request.release if isinstance(request, Probe) else ():
             self.release(state)
@@ -158,7 +183,8 @@ class Prober:
     def _new_fork(self) -> Fork:
         trainer = self._trainer
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        roots = [self._module, *trainer.optimizers, *schedulers, getattr(trainer.precision_plugin, "scaler", None)]
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        roots = [self._module, *trainer.optimizers, *schedulers, scaler, self._lr.memory]
         return Fork(roots, make_store(self._options.fork, self._strategy.checkpoint_io))
 
     def _known(self, state: str) -> Fork:
@@ -189,31 +215,49 @@ class Prober:
             losses.extend(new if bad is None else new[: bad + 1])
             return Status.OK if bad is None else Status.DIVERGED
 
+        def train(step: int) -> None:
+            if (loss := self._step(request.draw, request.offset + step)) is not None:
+                unread.append(loss)
+
+        def score(step: int) -> None:
+            evaluations.append(Evaluation(step, tuple(self._evaluate(request))))
+
         for step in range(request.num_steps):
             self._progress(request, step)
+            self._at = None
             self._lr.set(request.lr * request.shape(step))
-            try:
-                loss = self._step(request.draw, request.offset + step)
-            except (ArithmeticError, RuntimeError, ValueError):
-                if self._weights_are_finite():
-                    raise
-                status = Status.DIVERGED  # user code that refuses to work with NaN
-                break
-            if loss is not None:
-                unread.append(loss)
+            status = self._survives(train, step, self._step, request.draw, request.offset + step)
             due = request.evaluate_every and (step + 1) % request.evaluate_every == 0 and step + 1 < request.num_steps
-            if due or (step + 1) % _LOOK_EVERY == 0 or step + 1 == request.num_steps:
+            if status is Status.OK and (due or (step + 1) % _LOOK_EVERY == 0 or step + 1 == request.num_steps):
                 status = read()
-                if status is Status.DIVERGED:
-                    break
-            if due:
-                evaluations.append(Evaluation(step + 1, tuple(self._evaluate(request))))
+            if status is Status.OK and due:
+                status = self._survives(score, step + 1, self._evaluate, request)
+            if status is Status.DIVERGED:
+                break
         if request.keep_end:
             self._kept[new_id] = self._new_fork()
             self._kept[new_id].capture()
         if status is Status.OK and request.evaluate != "none":
-            evaluations.append(Evaluation(request.num_steps, tuple(self._evaluate(request))))
+            status = self._survives(score, request.num_steps, self._evaluate, request)
         return ProbeResult(tuple(losses), tuple(evaluations), status, new_id if request.keep_end else None)
+
+    def _survives(self, work: Callable[[int], None], step: int, again: Callable[..., Any], *args: Any) -> Status:
+        """Do a piece of work. Its exception is an answer when the weights are to blame: the real ones do not raise it.
+
+        User code may refuse to work with NaN, and so does anomaly detection.
+        """
+        try:
+            work(step)
+        except (ArithmeticError, RuntimeError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self._go_to("here")
+            try:
+                again(*args)
+            except Exception:
+                raise error from None
+            return Status.DIVERGED
+        return Status.OK
 
     def _step(self, draw: int, step: int) -> Tensor | None:
         """One private step on the draw's batches for ``step``."""
@@ -230,15 +274,19 @@ class Prober:
         self._at = None
         modes = [(m, m.training) for m in self._module.modules()]
         random_state = RandomState(self._strategy.root_device)
-        if request.evaluate == "validation":
-            values = evaluate(self._trainer, self._validation_batches(), self._sink, self._options.monitor)
-            self.cost.eval_batches += len(self._validation_batches())
-        else:
-            values = evaluate_training_batches(self._trainer, self.draws.held_out(request.draw), self._sink)
-            self.cost.eval_batches += len(values)
-        for module, mode in modes:
-            module.training = mode
-        random_state.restore()
+        try:
+            if request.evaluate == "validation":
+                values = evaluate(self._trainer, self._validation_batches(), self._sink, self._options.monitor)
+                self.cost.eval_batches += len(self._validation_batches())
+            else:
+                values = evaluate_training_batches(self._trainer, self.draws.held_out(request.draw), self._sink)
+                self.cost.eval_batches += len(values)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            random_state.restore()
+            self._sink.dataloader_idx = None
+            self._sink.take()
         sign = -1.0 if self._options.mode == "max" and request.evaluate == "validation" else 1.0
         return [sign * value for value in mean_over_ranks(self._strategy, values)]
 
@@ -261,9 +309,9 @@ class Prober:
     @torch.no_grad()
     def _losses_along(self, request: LineProbe) -> list[float]:
         """Losses at ``weights + factor * update``; one more copy of the weights in memory."""
-        if self._is_linear is None:
-            self._is_linear = self._check_linear(request)
-        if not self._is_linear:
+        if self.is_linear is None:
+            self.is_linear = self._check_linear(request)
+        if not self.is_linear:
             kinds = [type(o).__name__ for o in self._trainer.optimizers]
             raise ValueError(
                 f"Expected an optimizer whose update is proportional to its learning rate, got {kinds}. Pass `exact=True` to "
@@ -319,7 +367,9 @@ class Prober:
             losses = self._evaluate(Probe(lr=request.lr, num_steps=0))
             return math.fsum(losses) / len(losses)
         if not self._module.automatic_optimization:
-            raise ValueError("Expected `evaluate_on='validation'` under manual optimization, whose training step updates.")
+            raise ValueError(
+                "Expected `evaluate_on='validation'` under manual optimization, whose training step updates."
+            )
         count = steps_per_batch(self._trainer)
         step = request.horizon - (request.evaluate_on == "same")
         batches = self.draws.training(request.draw, step * count, count)
@@ -331,8 +381,6 @@ class Prober:
 
     def _seed(self, draw: int, offset: int) -> None:
         """The same random numbers for every candidate of a draw; other ones on each rank, as in training."""
-        RandomState.seed(mix(self._options.seed, draw, offset, 1 + self._trainer.global_rank), self._strategy.root_device)
-
-    @torch.no_grad()
-    def _weights_are_finite(self) -> bool:
-        return all(bool(torch.isfinite(local_tensor(p)).all()) for p in self._module.parameters())
+        RandomState.seed(
+            mix(self._options.seed, draw, offset, 1 + self._trainer.global_rank), self._strategy.root_device
+        )
