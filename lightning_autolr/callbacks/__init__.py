@@ -1,6 +1,7 @@
 """One thin callback per search: it validates, builds the search, and leaves the rest to the engine."""
 
 from lightning_autolr.callbacks.autolrs import AutoLRSCallback
+from lightning_autolr.callbacks.autowu import AutoWUCallback
 from lightning_autolr.callbacks.beam import BeamSearchCallback
 from lightning_autolr.callbacks.factors import FactorSearchCallback
 from lightning_autolr.callbacks.grad_norm import GradNormCallback, RefinedScheduleCallback
@@ -10,6 +11,7 @@ from lightning_autolr.engine.driver import SearchCallback
 
 __all__ = [
     "AutoLRSCallback",
+    "AutoWUCallback",
     "BeamSearchCallback",
     "FactorSearchCallback",
     "GradNormCallback",

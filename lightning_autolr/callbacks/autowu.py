@@ -1,0 +1,82 @@
+"""AutoWU: a warm-up that ends by itself, then a decay."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from typing_extensions import override
+
+from lightning_autolr.core.requests import Run
+from lightning_autolr.engine.driver import SearchCallback
+from lightning_autolr.schedules import Cosine, Schedule
+from lightning_autolr.search.autowu import AutoWU
+
+__all__ = ["AutoWUCallback"]
+
+
+class AutoWUCallback(SearchCallback):
+    """The learning rate grows until the training loss has passed its minimum; from the minimum's rate it decays to zero.
+
+    No probes are made: the run itself is watched. See :class:`~lightning_autolr.search.autowu.AutoWU` for the algorithm
+    (Kim et al. 2021, arXiv 2107.05855) and for what differs from its published code.
+
+    Args:
+        min_lr: learning rate of the first step.
+        max_lr: learning rate at the end of the longest possible warm-up.
+        max_warmup_fraction: share of the run that the warm-up may take.
+        growth: "exponential" or "linear".
+        confidence: probability of a past minimum above which a test votes yes.
+        num_tests: votes of each test.
+        patience: tests in a row that must say yes.
+        test_every: steps between two tests; None: at least twenty in the longest warm-up, at most one per epoch.
+        decay: shape after the warm-up; None is a cosine to zero.
+        immediate_cooldown: decay at once, or hold until ``cooldown_fraction`` of the run is left.
+        cooldown_fraction: see ``immediate_cooldown``.
+        guard: the warm-up ends at once when the smoothed loss is this many times its lowest; None: never.
+        compat: the published rules, with their raw units and without the guard.
+        options: see :class:`~lightning_autolr.engine.driver.SearchCallback`.
+
+    Example::
+
+        Trainer(callbacks=[AutoWUCallback(min_lr=1e-5, max_lr=1.0)])
+    """
+
+    def __init__(
+        self,
+        min_lr: float = 1e-5,
+        max_lr: float = 1.0,
+        max_warmup_fraction: float = 0.5,
+        growth: Literal["exponential", "linear"] = "exponential",
+        confidence: float = 0.95,
+        num_tests: int = 5,
+        patience: int = 3,
+        test_every: int | None = None,
+        decay: Schedule | None = None,
+        immediate_cooldown: bool = True,
+        cooldown_fraction: float = 0.2,
+        guard: float | None = 4.0,
+        compat: bool = False,
+        **options: Any,
+    ) -> None:
+        options.setdefault("objective", "train")
+        super().__init__(**options)
+        self.search = AutoWU(
+            min_lr=min_lr,
+            max_lr=max_lr,
+            max_warmup_fraction=max_warmup_fraction,
+            growth=growth,
+            confidence=confidence,
+            num_tests=num_tests,
+            patience=patience,
+            test_every=test_every,
+            decay=Cosine() if decay is None else decay,
+            immediate_cooldown=immediate_cooldown,
+            cooldown_fraction=cooldown_fraction,
+            guard=guard,
+            seed=self.probe_options.seed,
+            compat=compat,
+        )
+
+    @override
+    def make_search(self, run: Run) -> AutoWU:
+        return self.search
