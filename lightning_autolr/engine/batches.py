@@ -82,7 +82,8 @@ class Draws:
         if self._current is None or self._current[0] != draw:
             self._current = None  # free the old draw's batches first
             skip = self._start(draw)
-            self._current = (draw, _Batches(lambda number: self._one_pass(draw, number, skip), self._cache_bytes, self._rng(draw)))
+            batches = _Batches(lambda number: self._one_pass(draw, number, skip), self._cache_bytes, self._rng(draw))
+            self._current = (draw, batches)
         return [own_batch(self._current[1][i]) for i in range(first, first + count)]
 
     def _start(self, draw: int) -> int:
@@ -215,17 +216,19 @@ def _leaves(batch: Any) -> Iterator[Any]:
 def _clone(loader: Any, seed: int, draw: int, skip: int, trainer: Any) -> Iterable[Any]:
     """A loader on the same data with its own iterator, samplers and generators."""
     if not isinstance(loader, DataLoader):
-        if iter(loader) is loader:
+        again: Iterable[Any] = loader
+        if iter(again) is again:
             raise ValueError(
                 f"Expected a loader that can be iterated twice, got {type(loader).__name__}, which is its own iterator. "
                 "Pass `probe_dataloader=` with batches for the probes."
             )
-        return loader
+        return again
     clone = compat.clone_loader(loader)
     if isinstance(loader.dataset, IterableDataset):
         compat.set_in_loader(clone, dataset=copy.copy(loader.dataset), generator=_generator(seed))
         return itertools.islice(clone, skip, None) if skip else clone
     # Sampler chains are copied whole, less the data that they point to.
+    batch_sampler: Any
     memo: dict[int, Any] = {id(loader.dataset): loader.dataset}
     for held in (loader.sampler, loader.batch_sampler):
         for name in ("data_source", "dataset"):

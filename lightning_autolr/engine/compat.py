@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,8 +15,8 @@ __all__ = [
     "clone_loader",
     "combined_loader",
     "has_comm_hook",
-    "logger_step",
     "local_tensor",
+    "logger_step",
     "on_before_batch_transfer",
     "reshard",
     "set_in_loader",
@@ -80,7 +81,9 @@ def clone_loader(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 def has_comm_hook(strategy: Any) -> bool:
     """Whether DistributedDataParallel compresses gradients or averages models by a hook with a state of its own."""
-    return any(getattr(strategy, name, None) is not None for name in ("_ddp_comm_hook", "_ddp_comm_state", "_model_averager"))
+    return any(
+        getattr(strategy, name, None) is not None for name in ("_ddp_comm_hook", "_ddp_comm_state", "_model_averager")
+    )
 
 
 def set_in_loader(loader: DataLoader[Any], **attributes: Any) -> None:
@@ -90,8 +93,8 @@ def set_in_loader(loader: DataLoader[Any], **attributes: Any) -> None:
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """A DTensor's local part (sharing its storage); any other tensor as it is."""
-    to_local = getattr(tensor, "to_local", None)
-    return to_local() if to_local is not None else tensor
+    local: Tensor = operator.methodcaller("to_local")(tensor) if hasattr(tensor, "to_local") else tensor
+    return local
 
 
 def reshard(roots: Iterable[object]) -> None:

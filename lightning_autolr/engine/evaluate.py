@@ -33,6 +33,7 @@ def evaluate(trainer: Any, batches: Sequence[tuple[Any, int, int]], sink: LogSin
     takes_idx = takes_batch_idx(module.validation_step)
     values: list[Tensor] = []
     accumulated: Metric | None = None
+    metrics: list[Metric] = []
     logged: dict[str, Any] = {}
     sink.take()
     module.on_validation_epoch_start()
@@ -45,6 +46,7 @@ def evaluate(trainer: Any, batches: Sequence[tuple[Any, int, int]], sink: LogSin
         module.on_validation_batch_end(output, batch, idx, number)
         logged = sink.take()
         value = logged.get(monitor)
+        metrics += [m for m in logged.values() if isinstance(m, Metric)]
         if isinstance(value, Metric):
             accumulated = value
         elif value is not None:
@@ -55,12 +57,13 @@ def evaluate(trainer: Any, batches: Sequence[tuple[Any, int, int]], sink: LogSin
                 values.append(torch.as_tensor(loss, device=strategy.root_device).float().mean())
     sink.dataloader_idx = None
     module.on_validation_epoch_end()
-    at_end = sink.take().get(monitor)
-    if accumulated is not None or isinstance(at_end, Metric):
-        metric = at_end if isinstance(at_end, Metric) else accumulated
-        return [torch.as_tensor(metric.compute()).float().mean()]  # type: ignore[union-attr]
+    logged_at_end = sink.take()
+    at_end = logged_at_end.get(monitor, accumulated)
     if at_end is not None:
-        return [torch.as_tensor(at_end, device=strategy.root_device).float().mean()]
+        value = at_end.compute() if isinstance(at_end, Metric) else at_end
+        values = [torch.as_tensor(value, device=strategy.root_device).float().mean()]
+    for metric in [*metrics, *(m for m in logged_at_end.values() if isinstance(m, Metric))]:
+        metric.reset()  # as the Trainer does at the end of a validation: the next one starts anew
     if not values:
         raise ValueError(
             f"Expected `validation_step` to log {monitor!r} or to return a loss, got neither; the last batch logged "
@@ -90,5 +93,3 @@ def evaluate_training_batches(
             raise ValueError("Expected `training_step` to return a loss or to log one, got neither.")
         losses.append(loss.float().mean())
     return losses
-
-

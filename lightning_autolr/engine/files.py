@@ -48,7 +48,12 @@ class MemoryStore(Store):
         self._buffers = []
         for i, tensor in enumerate(tensors):
             old = spare[i] if i < len(spare) else None
-            fits = old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype and old.layout == tensor.layout
+            fits = (
+                old is not None
+                and old.shape == tensor.shape
+                and old.dtype == tensor.dtype
+                and old.layout == tensor.layout
+            )
             fits = fits and (self._on_cpu or old.device == tensor.device)  # type: ignore[union-attr]
             self._buffers.append(old if fits and old is not None else self._empty(tensor))
         _copy(self._buffers, tensors)
@@ -79,19 +84,27 @@ class DiskStore(Store):
     def __init__(self, checkpoint_io: Any, folder: str | None = None) -> None:
         while getattr(checkpoint_io, "checkpoint_io", None) is not None:
             checkpoint_io = checkpoint_io.checkpoint_io
-        self._io = checkpoint_io
-        self._folder = tempfile.TemporaryDirectory(prefix="autolr-", dir=folder)  # removed with this object
-        self._path = os.path.join(self._folder.name, "fork.ckpt")
+        self._io, self._parent = checkpoint_io, folder
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def _path(self) -> str:
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="autolr-", dir=self._parent)
+        return os.path.join(self._folder.name, "fork.ckpt")
 
     def save(self, tensors: Sequence[Tensor]) -> None:
-        self._io.save_checkpoint({"tensors": [t.clone(memory_format=torch.preserve_format) for t in tensors]}, self._path)
+        self._io.save_checkpoint(
+            {"tensors": [t.clone(memory_format=torch.preserve_format) for t in tensors]}, self._path
+        )
 
     def load(self, tensors: Sequence[Tensor]) -> None:
         _copy(tensors, self._io.load_checkpoint(self._path)["tensors"])
 
     def clear(self) -> None:
-        if os.path.exists(self._path):
-            self._io.remove_checkpoint(self._path)
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
 
 def make_store(place: Place, checkpoint_io: Any) -> Store:

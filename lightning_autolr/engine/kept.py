@@ -24,7 +24,7 @@ def dump_kept(trainer: Any, prober: Prober) -> dict[str, Any]:
         states = {}
         for name, fork in prober.kept.items():
             fork.restore()
-            states[name] = _dump(trainer)
+            states[name] = _dump(trainer, prober)
     return states
 
 
@@ -32,30 +32,35 @@ def load_kept(trainer: Any, prober: Prober, states: dict[str, Any]) -> None:
     """Keep the states of a checkpoint again."""
     with prober.set_aside():
         for name, state in states.items():
-            _load(trainer, state)
+            _load(trainer, prober, state)
             prober.keep(name)
 
 
 @torch.no_grad()
-def _dump(trainer: Any) -> dict[str, Any]:
+def _dump(trainer: Any, prober: Prober) -> dict[str, Any]:
     module = trainer.lightning_module
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return copy.deepcopy(
         {
             "tensors": {name: tensor.detach() for name, tensor in tensors.items()},
             "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+            "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
             "precision": trainer.precision_plugin.state_dict(),
+            "lr": prober.lr_memory,
         }
     )
 
 
 @torch.no_grad()
-def _load(trainer: Any, state: dict[str, Any]) -> None:
+def _load(trainer: Any, prober: Prober, state: dict[str, Any]) -> None:
     module = trainer.lightning_module
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for name, tensor in state["tensors"].items():
         tensors[name].copy_(tensor)
     for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(copy.deepcopy(saved))
+    for config, saved in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
+        config.scheduler.load_state_dict(copy.deepcopy(saved))
     if state["precision"]:
         trainer.precision_plugin.load_state_dict(state["precision"])
+    prober.lr_memory.update(copy.deepcopy(state["lr"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -24,6 +25,11 @@ class LearningRate:
         optimizers: all optimizers of the run.
         multiply: multiply what the module's own schedulers write instead of replacing it.
         state: the ``state_dict`` of an earlier run of this training; its optimizers hold written learning rates.
+
+    Attributes:
+        memory: what is remembered of the module's schedulers (``multiply``): what each group's learning rate is without
+            us (``own``), what it was when the segment began (``at_start``), and whether an optimizer's groups hold what
+            we wrote (``ours``). It belongs to the training state: a fork captures and restores it with the rest.
     """
 
     def __init__(
@@ -40,8 +46,12 @@ class LearningRate:
         self.ratios = state["ratios"] if state else [[lr / self.reference for lr in o] for o in configured]
         self.value = self.reference
         self.momentum: float | None = None
-        self._schedulers_own = [[_number(g["lr"]) for g in o.param_groups] for o in self._optimizers]
-        self._at_segment_start = self._schedulers_own
+        self.memory: dict[str, Any] = {"own": configured, "at_start": configured, "ours": [False] * len(configured)}
+        if state:
+            self.memory.update(copy.deepcopy(state["memory"]))
+        elif multiply:
+            self._read_own()
+            self.memory["at_start"] = list(self.memory["own"])
         self._handles = [o.register_step_pre_hook(self._before_step) for o in self._optimizers]
         self._multiply = multiply
         if multiply:
@@ -49,20 +59,18 @@ class LearningRate:
 
     def set(self, value: float, momentum: float | None = None) -> None:
         """Write ``value`` (and the momentum, or first beta) into all groups."""
-        if self._multiply and not self._wrote():
-            self._schedulers_own = [[_number(g["lr"]) for g in o.param_groups] for o in self._optimizers]
+        self._meet_new_groups(self.value)
         self.value, self.momentum = value, momentum
         self._write()
 
     def start_segment(self) -> None:
         """From here on the module's schedulers count relative to what they say now (``on_scheduler="multiply"``)."""
         if self._multiply:
-            if not self._wrote():
-                self._schedulers_own = [[_number(g["lr"]) for g in o.param_groups] for o in self._optimizers]
-            self._at_segment_start = self._schedulers_own
+            self._read_own()
+            self.memory["at_start"] = list(self.memory["own"])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"reference": self.reference, "ratios": [list(r) for r in self.ratios]}
+        return copy.deepcopy({"reference": self.reference, "ratios": self.ratios, "memory": self.memory})
 
     def close(self) -> None:
         """Stop writing."""
@@ -70,36 +78,46 @@ class LearningRate:
             handle.remove()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._meet_new_groups(self.value)
         self._write()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # A chainable scheduler computes its next value from what stands in the group: let it find its own.
         index = next(i for i, o in enumerate(self._optimizers) if o is optimizer)
-        for group, lr in zip(optimizer.param_groups, self._schedulers_own[index], strict=True):
+        for group, lr in zip(optimizer.param_groups, self.memory["own"][index], strict=True):
             _write_number(group, "lr", lr)
+        self.memory["ours"] = [ours and i != index for i, ours in enumerate(self.memory["ours"])]
 
-    def _wanted(self, optimizer_idx: int, group_idx: int, group: dict[str, Any]) -> float:
-        ratios = self.ratios[optimizer_idx]
-        while len(ratios) <= group_idx:  # groups that a finetuning callback added
-            ratios.append(_number(group.get("initial_lr", group["lr"])) / self.reference)
-        lr = self.value * ratios[group_idx]
-        if self._multiply and group_idx < len(self._schedulers_own[optimizer_idx]):
-            at_start = self._at_segment_start[optimizer_idx][group_idx]
-            lr *= self._schedulers_own[optimizer_idx][group_idx] / at_start if at_start > 0 else 1.0
+    def _wanted(self, optimizer_idx: int, group_idx: int) -> float:
+        lr: float = self.value * self.ratios[optimizer_idx][group_idx]
+        if self._multiply:
+            own, at_start = (self.memory[key][optimizer_idx] for key in ("own", "at_start"))
+            if group_idx < len(at_start) and at_start[group_idx] > 0:
+                lr *= own[group_idx] / at_start[group_idx]
         return lr
 
-    def _wrote(self) -> bool:
-        """Whether what stands in the groups is what we wrote last."""
-        return all(
-            _number(group["lr"]) == self._wanted(o, g, group)
-            for o, optimizer in enumerate(self._optimizers)
-            for g, group in enumerate(optimizer.param_groups)
-        )
+    def _meet_new_groups(self, value: float) -> None:
+        """A finetuning callback adds groups at a learning rate that fits to what the others have at that moment."""
+        for ratios, optimizer in zip(self.ratios, self._optimizers, strict=True):
+            for group in optimizer.param_groups[len(ratios) :]:
+                ratios.append(_number(group["lr"]) / (value if value > 0 else self.reference))
+
+    def _read_own(self) -> None:
+        """Note what the module's schedulers say, for the groups that do not hold what we wrote."""
+        self.memory["own"] = [
+            own + [_number(g["lr"]) for g in optimizer.param_groups[len(own) :]]
+            if ours
+            else [_number(g["lr"]) for g in optimizer.param_groups]
+            for own, ours, optimizer in zip(self.memory["own"], self.memory["ours"], self._optimizers, strict=True)
+        ]
 
     def _write(self) -> None:
+        if self._multiply:
+            self._read_own()
+            self.memory["ours"] = [True] * len(self._optimizers)
         for o, optimizer in enumerate(self._optimizers):
             for g, group in enumerate(optimizer.param_groups):
-                _write_number(group, "lr", self._wanted(o, g, group))
+                _write_number(group, "lr", self._wanted(o, g))
                 if self.momentum is not None:
                     if "betas" in group:
                         group["betas"] = (self.momentum, *group["betas"][1:])

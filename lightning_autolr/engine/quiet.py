@@ -13,7 +13,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
-__all__ = ["LogSink", "deferred_signals", "quiet"]
+__all__ = ["LogSink", "SavedInSearchError", "deferred_signals", "quiet"]
+
+_MAY_WAIT = frozenset(set(signal.Signals) - {signal.SIGINT, signal.SIGCHLD})
 
 
 class LogSink:
@@ -34,18 +36,20 @@ class LogSink:
         return values
 
 
-class _Guard(Callback):
-    """The only callback while a search is running: refuses to write a candidate's weights into a checkpoint."""
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    """Stands in for ``Trainer.save_checkpoint``: a candidate's weights must not get into a file."""
+    raise SavedInSearchError(
+        "Expected no checkpoint to be saved while learning rates are tried, since the weights of this moment are a "
+        "candidate's. Save from a callback's `on_train_batch_end` instead of from within the module's steps."
+    )
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        raise RuntimeError(
-            "Expected no checkpoint to be saved while learning rates are tried, since the weights of this moment are a "
-            "candidate's. Save from `on_train_batch_end` or later hooks instead of from within `training_step`."
-        )
+
+class SavedInSearchError(Exception):
+    """The module asked for a checkpoint in the midst of a probe."""
 
 
 @contextmanager
-def quiet(trainer: Any, module: nn.Module, heard_by: list[Callback]) -> Iterator[LogSink]:
+def quiet(trainer: Any, module: nn.Module, heard_by: list[Callback]) -> Iterator[tuple[LogSink, list[int]]]:
     """Silence the Trainer; everything is put back on the way out, whatever happens.
 
     Args:
@@ -54,52 +58,55 @@ def quiet(trainer: Any, module: nn.Module, heard_by: list[Callback]) -> Iterator
         heard_by: callbacks that take part in private steps all the same (those which change gradients).
 
     Yields:
-        The sink that receives ``self.log``.
+        The sink that receives ``self.log``, and the signals that wait to be delivered.
     """
     sink = LogSink()
     callbacks, loggers, should_stop = trainer.callbacks, trainer.loggers, trainer.should_stop
     loggables = [m for m in module.modules() if hasattr(m, "log_dict") and hasattr(m, "log")]
     with ExitStack() as stack:
-        stack.enter_context(deferred_signals())
+        waiting = stack.enter_context(deferred_signals())
 
         def put_back() -> None:
             trainer.callbacks, trainer.loggers, trainer.should_stop = callbacks, loggers, should_stop
+            trainer.__dict__.pop("save_checkpoint", None)
             for loggable in loggables:
                 loggable.__dict__.pop("log", None)
 
         stack.callback(put_back)
         # A new list, never a changed one: Lightning is iterating over the old one right now.
-        trainer.callbacks = [*heard_by, _Guard()]
+        trainer.callbacks = list(heard_by)
+        trainer.save_checkpoint = _refuse_to_save
         trainer.loggers = [DummyLogger() for _ in loggers]
         for loggable in loggables:
             loggable.__dict__["log"] = sink
-        yield sink
+        yield sink, waiting
 
 
 @contextmanager
-def deferred_signals() -> Iterator[None]:
-    """Hold back signals that have a Python handler, except Ctrl-C, and deliver them at the end.
+def deferred_signals(numbers: frozenset[signal.Signals] = _MAY_WAIT) -> Iterator[list[int]]:
+    """Hold back signals that have a Python handler, and deliver them at the end.
 
-    A handler that saves a checkpoint at once, such as SLURM's requeueing, would else write a candidate's weights.
+    A handler that saves a checkpoint at once, such as SLURM's requeueing, would else write a candidate's weights. Ctrl-C is
+    not held back unless asked for: as an exception it goes through everything that puts the state back.
+
+    Yields:
+        The signals received so far.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
 
     def receive(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    held: dict[int, Any] = {}
-    for number in set(signal.Signals) - {signal.SIGINT, signal.SIGCHLD}:
-        handler = signal.getsignal(number)
-        if callable(handler):
-            held[number] = handler
-            signal.signal(number, receive)
+    held = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
+    for number in held:
+        signal.signal(number, receive)
     try:
-        yield
+        yield received
     finally:
         for number, handler in held.items():
             signal.signal(number, handler)
-        for number in received:
-            held[number](number, None)
+        for received_number in received:
+            held[signal.Signals(received_number)](received_number, None)

@@ -120,11 +120,11 @@ class _Walk:
             self.visit(item)
 
     def _visit_tensor(self, tensor: Tensor) -> None:
-        if tensor.is_meta or isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if tensor.is_meta:
             return
         if tensor.is_leaf:
             flag = tensor.requires_grad
-            self.put_back.append(lambda: tensor.requires_grad_(flag) if tensor.requires_grad != flag else None)
+            self.put_back.append(lambda: _set_requires_grad(tensor, flag))
         elif tensor.grad_fn is not None:
             return  # part of a live graph: training does not write into it, and writing would break its backward
         self.tensors.append(tensor)
@@ -151,7 +151,11 @@ class _Walk:
         items = list(obj)
 
         def put_back() -> None:
-            if isinstance(obj, set) or len(obj) != len(items) or any(a is not b for a, b in zip(obj, items, strict=True)):
+            if (
+                isinstance(obj, set)
+                or len(obj) != len(items)
+                or any(a is not b for a, b in zip(obj, items, strict=True))
+            ):
                 obj.clear()
                 obj.update(items) if isinstance(obj, set) else obj.extend(items)
 
@@ -165,6 +169,15 @@ class _Walk:
             self.put_back.append(lambda: obj.autolr_load_state_dict(copy.deepcopy(saved)))
 
 
+def _ignore(result: object) -> None:
+    """A statement in a lambda."""
+
+
+def _set_requires_grad(tensor: Tensor, flag: bool) -> None:
+    if tensor.requires_grad != flag:
+        tensor.requires_grad_(flag)
+
+
 def _opaque_state(obj: Any) -> Callable[[], None] | None:
     """How to put back an object whose state is reached through its own methods; None for what is left alone."""
     if isinstance(obj, np.ndarray):
@@ -172,7 +185,7 @@ def _opaque_state(obj: Any) -> Callable[[], None] | None:
         return lambda: np.copyto(obj, array)
     if isinstance(obj, torch.Generator):
         state = obj.get_state()
-        return lambda: obj.set_state(state) and None
+        return lambda: _ignore(obj.set_state(state))
     if isinstance(obj, np.random.Generator):
         numpy_state = copy.deepcopy(obj.bit_generator.state)
         return lambda: setattr(obj.bit_generator, "state", numpy_state)
@@ -188,8 +201,10 @@ def _opaque_state(obj: Any) -> Callable[[], None] | None:
 def _storage_view(tensor: Tensor) -> Tensor:
     """A plain tensor on the same memory: a DTensor's local part, or the whole storage where elements overlap."""
     tensor = local_tensor(tensor)
-    if tensor.layout is torch.strided and any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
-        return tensor.detach().new_empty(0).set_(tensor.untyped_storage())  # type: ignore[call-overload,no-any-return]
+    if tensor.layout is torch.strided and any(
+        s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)
+    ):
+        return tensor.detach().new_empty(0).set_(tensor.untyped_storage())
     return tensor.detach()
 
 
@@ -199,7 +214,7 @@ class RandomState:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._python = random.getstate()
-        self._numpy = np.random.get_state()
+        self._numpy: Any = np.random.get_state()
         self._torch = torch.get_rng_state()
         self._accelerator = _module_of(device).get_rng_state(device) if _module_of(device) else None
 
@@ -213,7 +228,8 @@ class RandomState:
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors, so that ``torch.load(weights_only=True)`` reads them."""
         kind, keys, position, has_gauss, gauss = self._numpy
-        numpy_state = [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(gauss)]
+        keys = torch.from_numpy(np.asarray(keys).astype(np.int64))
+        numpy_state = [str(kind), keys, int(position), int(has_gauss), float(gauss)]
         return {"python": self._python, "numpy": numpy_state, "torch": self._torch, "accelerator": self._accelerator}
 
     @classmethod

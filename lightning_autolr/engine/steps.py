@@ -7,7 +7,7 @@ They are made of strategy and module methods, so that none of the Trainer's coun
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_autolr.engine.compat import on_before_batch_transfer, takes_batch_idx, takes_dataloader_iter
 from lightning_autolr.engine.quiet import LogSink
 
-__all__ = ["loss_of", "returned_loss", "private_step", "steps_per_batch", "to_device"]
+__all__ = ["loss_of", "private_step", "returned_loss", "steps_per_batch", "to_device"]
 
 
 def to_device(trainer: Any, batch: Any, dataloader_idx: int = 0) -> Any:
@@ -38,14 +38,13 @@ def private_step(trainer: Any, batches: Sequence[Any], first_idx: int, sink: Log
         The mean training loss before the step, 0-dim and detached; None when the module returns none and logs none.
     """
     module = trainer.lightning_module
-    for offset, batch in enumerate(batches):
-        module.on_train_batch_start(batch, first_idx + offset)
     if module.automatic_optimization:
         losses = _automatic(trainer, batches, first_idx, sink)
     else:
-        losses = [loss_of(trainer.strategy.training_step(*_arguments(trainer, batches[0], first_idx)), sink.take())]
-    for offset, batch in enumerate(batches):
-        module.on_train_batch_end({}, batch, first_idx + offset)
+        module.on_train_batch_start(batches[0], first_idx)
+        output = trainer.strategy.training_step(*_arguments(trainer, batches[0], first_idx))
+        losses = [loss_of(output, sink.take())]
+        module.on_train_batch_end(_as_outputs(output), batches[0], first_idx)
     found = [loss.detach().float().mean() for loss in losses if loss is not None]
     return torch.stack(found).mean() if found else None
 
@@ -55,26 +54,32 @@ def _automatic(trainer: Any, batches: Sequence[Any], first_idx: int, sink: LogSi
     optimizer = module.optimizers()
     raw = trainer.optimizers[0]
     losses: list[Tensor | None] = []
+    outputs: dict[str, Any] = {}
 
     def micro_step(offset: int) -> Tensor | None:
+        nonlocal outputs
         output = strategy.training_step(*_arguments(trainer, batches[offset], first_idx + offset))
         loss = loss_of(output, sink.take())
         losses.append(None if loss is None else loss.detach().clone())
         if offset == 0:
             module.on_before_zero_grad(raw)
             module.optimizer_zero_grad(trainer.current_epoch, first_idx, raw)
+        outputs = _as_outputs(output, len(batches))
         if output is None:  # the user's way to skip a batch
             return None
         strategy.backward(returned_loss(output) / len(batches), raw)
         return losses[-1]
 
     last = len(batches) - 1
-    for offset in range(last):
-        # only parallel strategies reduce gradients, and only they can hold that back
-        block = getattr(strategy, "block_backward_sync", contextlib.nullcontext)
-        with block():
-            micro_step(offset)
-    module.optimizer_step(trainer.current_epoch, first_idx + last, optimizer, lambda: micro_step(last))
+    for offset, batch in enumerate(batches):
+        module.on_train_batch_start(batch, first_idx + offset)
+        if offset < last:
+            # only parallel strategies reduce gradients, and only they can hold that back
+            with getattr(strategy, "block_backward_sync", contextlib.nullcontext)():
+                micro_step(offset)
+        else:
+            module.optimizer_step(trainer.current_epoch, first_idx + last, optimizer, lambda: micro_step(last))
+        module.on_train_batch_end(outputs, batch, first_idx + offset)
     return losses[: len(batches)]  # an optimizer that calls its closure again evaluates other weights
 
 
@@ -88,7 +93,14 @@ def loss_of(output: Any, logged: dict[str, Any]) -> Tensor | None:
 
 
 def returned_loss(output: Any) -> Any:
-    return output.get("loss") if isinstance(output, dict) else output
+    return output.get("loss") if isinstance(output, Mapping) else output
+
+
+def _as_outputs(output: Any, accumulated: int = 1) -> dict[str, Any]:
+    """What ``on_train_batch_end`` is given: the loop divides the loss by the number of accumulated batches."""
+    loss = returned_loss(output)
+    outputs = dict(output) if isinstance(output, Mapping) else {}
+    return outputs if loss is None else {**outputs, "loss": loss.detach() / accumulated}
 
 
 def _arguments(trainer: Any, batch: Any, batch_idx: int) -> tuple[Any, ...]:

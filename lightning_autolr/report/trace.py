@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lightning_autolr.core.requests import Answer, Request, decode, encode
 from lightning_autolr.schedules import Segment, Tabulated
 
-__all__ = ["Entry", "Record", "read_trace", "summary_of"]
+__all__ = ["Entry", "Record", "read_leftover", "read_trace", "summary_of"]
+
+_LEFTOVER = "leftover.jsonl"
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,21 @@ class Record:
             with open(self._path("summary.json"), "w") as file:
                 json.dump(summary, file, indent=2)
 
-    def restart(self) -> None:
-        """Write the files anew: after a resume they hold what the checkpoint knew."""
+    def restart(self, leftover: Sequence[Entry] = ()) -> None:
+        """Write the files anew: after a resume they hold what the checkpoint knew.
+
+        Args:
+            leftover: what a killed run had found out since. Kept in a file of its own, lest the next kill loses it.
+        """
         if self.folder is not None:
-            with open(self._path("trace.jsonl"), "w") as file:
-                file.writelines(json.dumps(entry.to_json()) + "\n" for entry in self.trace)
+            _write(self._path(_LEFTOVER), leftover)  # first, so that an answer is in one of the files at any moment
+            _write(self._path("trace.jsonl"), self.trace)
             self.write_schedule()
+
+    def finish(self) -> None:
+        """The run has ended as it should: nothing is left over."""
+        if self.folder is not None and os.path.exists(self._path(_LEFTOVER)):
+            os.remove(self._path(_LEFTOVER))
 
     def _path(self, name: str) -> str:
         assert self.folder is not None
@@ -104,6 +116,22 @@ def read_trace(path: str) -> list[Entry]:
                 break
             entries.append(Entry.from_json(json.loads(line)))
     return entries
+
+
+def read_leftover(folder: str, num_known: int) -> list[Entry]:
+    """What a killed run found out after its last checkpoint, which knew ``num_known`` entries."""
+    found: list[Entry] = []
+    for name, skip in (("trace.jsonl", num_known), (_LEFTOVER, 0)):
+        if os.path.exists(path := os.path.join(folder, name)):
+            found += read_trace(path)[skip:]
+    return found
+
+
+def _write(path: str, entries: Sequence[Entry]) -> None:
+    draft = f"{path}.{os.getpid()}.tmp"
+    with open(draft, "w") as file:
+        file.writelines(json.dumps(entry.to_json()) + "\n" for entry in entries)
+    os.replace(draft, path)
 
 
 def summary_of(segments: list[Segment], cost: Any) -> dict[str, Any]:

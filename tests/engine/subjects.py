@@ -68,12 +68,14 @@ class Options:
     scheduler: str | None = None
     dataloader_iter: bool = False
     compiled: bool = False
+    compiled_step: bool = False
     tensor_lr: bool = False
     trainer: dict[str, Any] = field(default_factory=dict)
     loader: dict[str, Any] = field(default_factory=dict)
     stream: bool = False
     combined: bool = False
     precision_plugin: Any = None
+    search: dict[str, Any] = field(default_factory=dict)
 
 
 def make_optimizer(name: str, groups: Any, tensor_lr: bool = False) -> torch.optim.Optimizer:
@@ -99,6 +101,7 @@ class Subject(LightningModule):
         self.first = nn.Linear(8, 16)
         self.norm = nn.BatchNorm1d(16)
         self.drop = nn.Dropout(0.2)
+        self.early_drop = nn.Dropout(0.1)
         self.last = nn.Linear(16, 3)
         self.frozen_copy = nn.Linear(8, 16)
         self.frozen_copy.requires_grad_(False)
@@ -114,6 +117,7 @@ class Subject(LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.first(x) if self.body is None else self.body(x)
+        hidden = self.early_drop(hidden)
         return self.last(self.drop(torch.relu(self.norm(hidden))) + 0.01 * torch.rand((), generator=self.own_generator))
 
     def step(self, batch: Any) -> Tensor:
@@ -121,14 +125,16 @@ class Subject(LightningModule):
         scores = self(x)
         loss = cross_entropy(scores.float(), y)
         self.count += 1
+        if self.count == 3:
+            self.early_drop.eval()  # for good
         self.history.append(float(loss.detach()))
         self.running += torch.bincount(y, minlength=3)
         self.notes["seen"] += len(y)
         self.notes["array"] += 1
         self.accuracy(scores, y)
         self.metrics.update(scores.float(), y)
-        self.log("train_loss", loss, on_step=True, on_epoch=True)
-        self.log("train_acc", self.accuracy, on_step=False, on_epoch=True)
+        self.log("train_loss", loss, on_step=True, on_epoch=True, batch_size=len(y))
+        self.log("train_acc", self.accuracy, on_step=False, on_epoch=True, batch_size=len(y))
         return loss
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -154,17 +160,24 @@ class Subject(LightningModule):
                 slow.lerp_(fast, 0.1)
 
     def on_train_epoch_end(self) -> None:
-        self.log_dict(self.metrics.compute())
+        self.log_dict(self.metrics.compute(), batch_size=1)
         self.metrics.reset()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         x, y = batch
         scores = self(x)
         self.val_accuracy(scores, y)
-        self.log("val_loss", cross_entropy(scores.float(), y))
-        self.log("val_acc", self.val_accuracy)
+        self.log("val_loss", cross_entropy(scores.float(), y), batch_size=len(y))
+        self.log("val_acc", self.val_accuracy, batch_size=len(y))
 
     def configure_optimizers(self) -> Any:
+        configured = self._configure_optimizers()
+        if self.options.compiled_step:
+            for optimizer in configured:
+                optimizer.step = torch.compile(optimizer.step, backend="eager")
+        return configured
+
+    def _configure_optimizers(self) -> Any:
         o = self.options
         parts = [[self.first, self.norm], [self.last]]
         groups = [{"params": [p for m in part for p in m.parameters()]} for part in parts]
@@ -212,10 +225,11 @@ def _counter(name: str) -> Any:
     return hook
 
 
-for _name in (
-    "on_train_batch_start on_before_backward on_after_backward on_before_optimizer_step on_before_zero_grad "
-    "on_validation_start on_validation_end on_validation_batch_end on_train_epoch_start on_train_epoch_end on_save_checkpoint"
-).split():
+_COUNTED = """
+    on_train_batch_start on_before_backward on_after_backward on_before_optimizer_step on_before_zero_grad on_validation_start
+    on_validation_end on_validation_batch_end on_train_epoch_start on_train_epoch_end on_save_checkpoint
+"""
+for _name in _COUNTED.split():
     setattr(Spy, _name, _counter(_name))
 
 
@@ -226,7 +240,7 @@ class Scripted(AbstractSearch):
     num_stages: int = 3
     num_steps: int = 5
     lrs: tuple[float, ...] = (0.2, 0.02, 1e4)
-    shape: Schedule = Linear(num_steps=8)
+    shape: Schedule = field(default=Linear(num_steps=8))
     undo: bool = True
     evaluate: str = "validation"
 
@@ -287,7 +301,12 @@ def fit(
     checkpoint = ModelCheckpoint(folder / "ckpt", save_last=True, monitor="val_loss", every_n_train_steps=None)
     stop = EarlyStopping("val_loss", patience=100)
     extra = [options.precision_plugin()] if options.precision_plugin else None
-    settings: dict[str, Any] = {"max_epochs": 2, "accelerator": "cpu", "val_check_interval": 0.5, "log_every_n_steps": 1}
+    settings: dict[str, Any] = {
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "val_check_interval": 0.5,
+        "log_every_n_steps": 1,
+    }
     if options.stream:
         settings.update(max_epochs=-1, max_steps=20, val_check_interval=5)
     settings.update(options.trainer | more)
@@ -311,7 +330,8 @@ def outcome(trainer: Any, module: Subject, spy: Spy, ema: Any, folder: Path) -> 
         for key in [k for k in state if "path" in k or "dirpath" in k or "best_k" in k]:
             state.pop(key)
     with open(folder / "metrics.csv") as file:
-        rows = [{k: v for k, v in row.items() if k not in ("autolr/search_steps", "autolr/stage")} for row in csv.DictReader(file)]
+        own = ("autolr/search_steps", "autolr/stage")
+        rows = [{k: v for k, v in row.items() if k not in own} for row in csv.DictReader(file)]
     return {
         "weights": dict(module.named_parameters()),
         "buffers": dict(module.named_buffers()),
@@ -331,7 +351,11 @@ def outcome(trainer: Any, module: Subject, spy: Spy, ema: Any, folder: Path) -> 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
     """Paths at which two nested values are not the same to the bit."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        same = a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.detach().nan_to_num(7), b.detach().nan_to_num(7))
+        same = (
+            a.shape == b.shape
+            and a.dtype == b.dtype
+            and torch.equal(a.detach().nan_to_num(7), b.detach().nan_to_num(7))
+        )
         return [] if same else [path]
     if isinstance(a, np.ndarray):
         return [] if np.array_equal(a, b) else [path]
