@@ -1,0 +1,236 @@
+"""The command line as a user types it, and every configuration that comes with the project."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.cli import LightningCLI
+
+import lightning_autolr
+from lightning_autolr import callbacks, cli
+
+# LightningCLI's calls of jsonargparse, not ours
+pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILES = sorted(CONFIGS.glob("*/*.yaml"))
+METHODS = {
+    "autolrs", "autolrs_paper", "autowu", "beam", "constant", "cosine", "factors", "linear", "onecycle", "rex", "step", "wsd"
+}  # fmt: skip
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.logger=false"]
+SHORT = ["--trainer.max_steps=4", "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1"]
+
+
+@pytest.fixture(autouse=True)
+def _own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def fit(config: Path | str, folder: Path, *options: str) -> dict[str, Any]:
+    """Run ``fit`` into ``folder`` and return its ``result.json``."""
+    where = [f"--trainer.default_root_dir={folder}", "--trainer.accelerator=cpu"]
+    assert cli.main(["fit", "--config", str(config), *QUIET, *where, *options]) == 0
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return result
+
+
+# --- fit
+
+
+def test_fit_reports_the_final_metrics_and_where_everything_lies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = fit(CONFIGS / "digits/rex.yaml", tmp_path, "--trainer.max_steps=30")
+    printed = capsys.readouterr().out
+    assert result["steps"] == result["schedule_steps"] == 30
+    assert result["search_steps"] == 0
+    assert result["seconds"] > 0
+    assert set(result["metrics"]) == {"val_loss", "val_acc", "test_loss", "test_acc"}
+    for name, value in result["metrics"].items():
+        assert f"{name:<10} {value:.4f}" in printed
+    for file in ("autolr/schedule.json", "autolr/trace.jsonl", "result.json", "config.yaml"):
+        assert (tmp_path / file).exists()
+    assert str(tmp_path / "autolr/schedule.json") in printed
+
+
+def test_a_folder_may_be_used_again(tmp_path: Path) -> None:
+    first = fit(CONFIGS / "digits/rex.yaml", tmp_path, *SHORT)
+    assert fit(CONFIGS / "digits/rex.yaml", tmp_path, *SHORT)["metrics"] == first["metrics"]
+
+
+def test_the_saved_configuration_repeats_the_run(tmp_path: Path) -> None:
+    first = fit(CONFIGS / "digits/rex.yaml", tmp_path / "a", *SHORT)
+    assert fit(tmp_path / "a/config.yaml", tmp_path / "b")["metrics"] == first["metrics"]
+
+
+def test_the_test_can_be_left_out(tmp_path: Path) -> None:
+    result = fit(CONFIGS / "digits/rex.yaml", tmp_path, *SHORT, "--trainer.limit_test_batches=0")
+    assert set(result["metrics"]) == {"val_loss", "val_acc"}
+
+
+MODULE = """
+import torch
+from lightning.pytorch import LightningModule
+from torch.utils.data import DataLoader, TensorDataset
+
+class Line(LightningModule):
+    def __init__(self, lr: float = 0.1):
+        super().__init__()
+        self.layer, self.lr = torch.nn.Linear(1, 1), lr
+
+    def training_step(self, batch, batch_idx):
+        return (self.layer(batch[0]) - 3).square().mean()
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.ones(16, 1)), batch_size=4)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), self.lr)
+"""
+
+
+def test_a_users_own_module_is_found_where_he_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "users_module.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "users_module", raising=False)
+    (tmp_path / "own.yaml").write_text("model: {class_path: users_module.Line}\ntrainer: {max_steps: 3}\n")
+    assert fit("own.yaml", tmp_path)["metrics"] == {}  # neither validation nor test
+    assert json.loads((tmp_path / "result.json").read_text())["steps"] == 3
+
+
+# --- configurations
+
+
+def test_every_task_has_every_method() -> None:
+    assert {(file.parent.name, file.stem) for file in FILES} == {
+        (task, method) for task in ("cifar10", "char_lm", "digits", "fashion_mnist") for method in METHODS
+    }
+
+
+def test_a_file_takes_what_it_does_not_say_from_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # paths in a file are relative to it
+    config = cli.resolve(str(CONFIGS / "digits/rex.yaml"))
+    assert config["trainer"]["max_steps"] == cli.resolve(str(CONFIGS / "digits.yaml"))["trainer"]["max_steps"]
+    assert config["trainer"]["logger"]["init_args"]["name"] == "digits/rex"
+    (callback,) = config["trainer"]["callbacks"]
+    assert callback["class_path"] == "lightning_autolr.ScheduleCallback"
+    assert callback["init_args"]["schedule"]["class_path"] == "lightning_autolr.schedules.Rex"
+
+
+def test_lightnings_own_cli_reads_them_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = str(CONFIGS / "digits/cosine.yaml")
+    monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--config", config, "--print_config"])
+    with pytest.raises(SystemExit) as end:
+        LightningCLI()
+    assert not end.value.code
+    assert "lightning_autolr.schedules.Cosine" in capsys.readouterr().out
+
+
+def _missing(file: Path) -> bool:
+    """Whether the file names a public callback whose part of the package is not there yet."""
+    text = file.read_text()
+    return any(f"lightning_autolr.{n}\n" in text and not hasattr(callbacks, n) for n in lightning_autolr.__all__)
+
+
+def _params(files: list[Path]) -> list[Any]:
+    slow = [pytest.mark.slow]
+    return [
+        pytest.param(f, id=f"{f.parent.name}/{f.stem}", marks=slow if f.parent.name != "digits" else []) for f in files
+    ]
+
+
+SMALL = {
+    "digits": [],
+    "fashion_mnist": ["--data.init_args.num_train=200", "--data.init_args.num_val=100"],
+    "cifar10": [
+        "--data.init_args.fake_data=true",
+        "--data.init_args.batch_size=4",
+        "--data.init_args.eval_batch_size=4",
+    ],
+    "char_lm": ["--data.init_args.path=text.txt"],
+}
+
+
+@pytest.mark.parametrize("file", _params(FILES))
+def test_every_configuration_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if _missing(file):
+        pytest.skip("its callback is not part of this version")
+    if file.parent.name == "fashion_mnist" and not Path("/usr/share/datasets/fashion-mnist").is_dir():
+        pytest.skip("needs Debian's dataset-fashion-mnist")
+    (tmp_path / "text.txt").write_text("a text of its own, now and then. " * 2000)
+    monkeypatch.chdir(tmp_path)
+    result = fit(file, tmp_path / "run", *SHORT, *SMALL[file.parent.name])
+    assert result["schedule_steps"] <= 4
+    assert {"val_loss", "test_loss"} <= set(result["metrics"])
+
+
+# --- names, help, errors
+
+
+def test_short_names(tmp_path: Path) -> None:
+    result = fit(
+        CONFIGS / "digits.yaml", tmp_path, *SHORT, "--trainer.callbacks=ScheduleCallback",
+        "--trainer.callbacks.schedule=Linear", "--trainer.callbacks.peak_lr=0.1", "--data=DigitsData",
+    )  # fmt: skip
+    assert result["steps"] == 4
+
+
+def test_help_names_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--help"])
+    assert not end.value.code
+    text = capsys.readouterr().out
+    assert all(command in text for command in ("fit", "validate", "test", "predict", *cli._COMMANDS))
+
+
+@pytest.mark.parametrize("command", sorted(cli._COMMANDS))
+def test_every_command_explains_its_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--help"])
+    assert not end.value.code
+    text = capsys.readouterr().out
+    assert f"lightning-autolr {command}" in text
+    assert text.count("--") > 2
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("--trainer.max_stepps=4", "max_stepps"),
+        ("--trainer.callbacks.peak_rl=1", "peak_rl"),
+        ("--data.init_args.batch_size=many", "batch_size"),
+    ],
+)
+def test_errors_name_the_key(option: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["fit", "--config", str(CONFIGS / "digits/rex.yaml"), option])
+    assert end.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+def test_resolving_a_bad_configuration_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.resolve(str(CONFIGS / "digits/rex.yaml"), ["--trainer.max_steps=few"])
+    assert end.value.code == 2
+    assert "max_steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["configs/digits/rex.yaml", "configs/digits/step.yaml"], ["rex", "step"]),
+        (["a/rex.yaml", "b/rex.yaml"], ["a-rex", "b-rex"]),
+        (["x/a/rex.yaml", "x/b/rex.yaml", "y/a/rex.yaml"], ["x-a-rex", "x-b-rex", "y-a-rex"]),
+    ],
+)
+def test_configurations_have_the_shortest_names_that_differ(paths: list[str], names: list[str]) -> None:
+    assert cli._named(paths) == dict(zip(names, paths, strict=True))
+
+
+def test_the_same_file_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="different configurations"):
+        cli._named(["a.yaml", "a.yaml"])
