@@ -10,6 +10,7 @@ from lightning_autolr.core.requests import Run
 from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.schedules import Linear, Schedule
 from lightning_autolr.search.autolrs import AutoLRS
+from lightning_autolr.search.autowu import AutoWU
 from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.ranged import PublishedInRange
 
@@ -46,6 +47,8 @@ class AutoLRSCallback(SearchCallback):
         anneal: "early": shape of the end.
         ratchet: "early": whether to undo stages that did harm.
         shrink: "early": what the learning rate is divided by after an undo.
+        warmup: "autowu" lets AutoWU find the warm-up first: the learning rate grows until the training loss has passed its
+            minimum, and the candidates stay in the range found. None is a warm-up of ``warmup_fraction``.
         options: see :class:`~lightning_autolr.engine.driver.SearchCallback`.
 
     Raises:
@@ -78,6 +81,7 @@ class AutoLRSCallback(SearchCallback):
         anneal: Schedule | None = None,
         ratchet: bool = True,
         shrink: float = 2.0,
+        warmup: Literal["autowu"] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -88,6 +92,8 @@ class AutoLRSCallback(SearchCallback):
             seed=seed,
             **options,
         )
+        if warmup not in (None, "autowu"):
+            raise ValueError(f"Expected warmup to be 'autowu' or None, got {warmup!r}.")
         self.search: AbstractSearch
         if method == "early":
             if objective not in ("validation", "holdout"):
@@ -104,6 +110,7 @@ class AutoLRSCallback(SearchCallback):
                 ratchet=ratchet,
                 shrink=shrink,
                 evaluate=objective,
+                warmup=None if warmup is None else AutoWU(min_lr=min_lr or 1e-5, max_lr=max_lr or 1.0, seed=seed),
             )
         elif method == "published":
             self.search = PublishedInRange(

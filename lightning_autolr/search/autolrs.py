@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from lightning_autolr.core.requests import Probe, ProbeResult, Request, Requests, Run, Status, Train, TrainResult
 from lightning_autolr.core.surrogate import FitError, Observation, posterior, suggest
 from lightning_autolr.schedules import Constant, Linear, Schedule, Shifted, WarmupStableDecay
+from lightning_autolr.search.autowu import AutoWU
 from lightning_autolr.search.base import AbstractSearch
 
 __all__ = ["AutoLRS", "Plan"]
@@ -74,6 +75,8 @@ class AutoLRS(AbstractSearch):
         shrink: what the learning rate is divided by after an undo, > 1.
         tolerance: a stage is worse when its mean paired difference is above so many of its standard errors.
         evaluate: "validation" batches, or training batches held out from the probes ("holdout").
+        warmup: a search for the warm-up that goes first; the candidates then stay in the range that it found, and the
+            warm-up of ``warmup_fraction`` is left out.
 
     Raises:
         ValueError: options out of range.
@@ -88,11 +91,12 @@ class AutoLRS(AbstractSearch):
     step: float = 3.0
     warmup_fraction: float = 0.05
     anneal_fraction: float = 0.5
-    anneal: Schedule = Linear()
+    anneal: Schedule = field(default=Linear())
     ratchet: bool = True
     shrink: float = 2.0
     tolerance: float = 1.0
     evaluate: Literal["validation", "holdout"] = "validation"
+    warmup: AutoWU | None = None
 
     def __post_init__(self) -> None:
         if self.tau < 1 or self.num_candidates < 1:
@@ -132,6 +136,12 @@ class AutoLRS(AbstractSearch):
 
     def requests(self, run: Run) -> Requests:
         """Search for the peak, then train in stages."""
+        if self.warmup is not None:
+            found = yield from self.warmup.warmup(run)
+            left = None if run.total_steps is None else run.total_steps - found.num_steps
+            rest = replace(self, warmup=None, warmup_fraction=0.0, min_lr=found.bounds[0], max_lr=found.bounds[1])
+            yield from rest.requests(replace(run, total_steps=left, lr=found.lr))
+            return
         plan = self.plan(run.total_steps)
         if self.evaluate == "validation" and not run.has_validation:
             raise ValueError("Expected validation batches, got none. Use evaluate='holdout'.")

@@ -41,6 +41,7 @@ CASES = {
     "autolrs, published": row(
         "AutoLRSCallback", tau=10, num_candidates=3, probe_fraction=0.3, min_lr=1e-3, max_lr=0.3, method="published", kappa=2.0
     ),
+    "autolrs after autowu": row("AutoLRSCallback", warmup="autowu", min_lr=1e-3, num_candidates=3),
     "autowu": row("AutoWUCallback", min_lr=1e-3, test_every=4),
     "beam": row("BeamSearchCallback", beam_size=2, factors=[2.0, 1.0, 0.5], interval=8),
     "factors": row("FactorSearchCallback", every=8),
