@@ -1,0 +1,159 @@
+"""The learning-rate range test: climb, watch the loss, and say which learning rate it speaks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_autolr.core.range_rules import (
+    MODES,
+    RULES,
+    Mode,
+    RangeCurve,
+    RangeSuggestion,
+    Rule,
+    divergence,
+    ladder,
+    suggest,
+)
+from lightning_autolr.core.requests import Answer, Probe, ProbeResult, Request, Requests, Run, Status, Train
+from lightning_autolr.schedules import Exponential, Points
+from lightning_autolr.search.base import AbstractSearch
+
+__all__ = ["RangeTest"]
+
+
+@dataclass(frozen=True)
+class RangeTest(AbstractSearch):
+    """Train privately while the learning rate climbs, several times, and suggest a learning rate with its interval.
+
+    The climb is made in chunks, each going on from the end of the one before, so that it stops soon after the loss ran
+    away. At most ``repeats * num_steps`` private steps, and two kept states at a time. It can be made at any moment of
+    a run, and by other searches::
+
+        suggestion = yield from RangeTest(repeats=1).measure(run)
+        lower, upper = suggestion.bounds
+
+    Differs from Lightning's finder (2.6): slopes are taken over the logarithm of the learning rate; the loss is the one
+    after the step and not before it; a local fit in place of a running mean with decay 0.98, which lags behind by tens
+    of steps (it turns losses 4, 3, 2, 1 into 4, 3.49, 2.99, 2.47); divergence is a difference and not a ratio; no
+    points are skipped; repeats give an interval; and a curve that supports no suggestion gives none, with the reason.
+
+    Args:
+        min_lr: bottom of the ladder, > 0.
+        max_lr: top of the ladder.
+        num_steps: rungs, >= 10. The loss of the top rung is not seen.
+        mode: "exponential", or "linear" as in Smith's paper, which spends most rungs on the top decade.
+        repeats: climbs, each with other batches, >= 1.
+        rule: "minimum", a tenth of the rate with the lowest loss: the steadiest, and right for a constant rate. "edge",
+            a quarter of the rate from which on the loss rises: higher, for schedules that decay. "valley", the middle
+            of the main fall, and "steepest", its steepest point, tend to be low and vary more.
+        width: half the window of the smoothing, in decades, > 0.
+        chunk: steps between two looks at the loss, >= 1.
+        apply: train at the suggestion afterwards, until the run ends.
+        seed: number of the first climb's draw of batches.
+        stage: number of the stage, for the trace.
+
+    Raises:
+        ValueError: options out of range.
+
+    >>> requests = RangeTest(min_lr=1e-4, max_lr=1.0, num_steps=20, repeats=1).requests(Run())
+    >>> first = next(requests)
+    >>> first.lr, first.num_steps, first.evaluate
+    (0.0001, 10, 'none')
+    >>> second = requests.send(ProbeResult(losses=(1.0,) * 10, end="a"))
+    >>> round(second.lr, 6), second.start, second.offset
+    (0.012743, 'a', 10)
+    """
+
+    min_lr: float = 1e-7
+    max_lr: float = 10.0
+    num_steps: int = 100
+    mode: Mode = "exponential"
+    repeats: int = 3
+    rule: Rule = "minimum"
+    width: float = 0.4
+    chunk: int = 10
+    apply: bool = False
+    seed: int = 0
+    stage: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_lr < self.max_lr < math.inf:
+            raise ValueError(f"Expected 0 < min_lr < max_lr, got {self.min_lr=} and {self.max_lr=}.")
+        if self.num_steps < 10 or self.repeats < 1 or self.chunk < 1 or self.seed < 0:
+            raise ValueError(
+                f"Expected num_steps >= 10, repeats >= 1, chunk >= 1 and seed >= 0, got {self.num_steps=}, "
+                f"{self.repeats=}, {self.chunk=} and {self.seed=}."
+            )
+        if self.mode not in MODES or self.rule not in RULES:
+            raise ValueError(f"Expected a mode out of {MODES} and a rule out of {[*RULES]}, got {self}.")
+        if not self.width > 0:
+            raise ValueError(f"Expected width > 0, got {self.width=}.")
+
+    def requests(self, run: Run) -> Requests:
+        """The climbs; then, with ``apply`` and if there is a suggestion, training at it to the end of the run."""
+        suggestion = yield from self.measure(run)
+        if self.apply and suggestion.lr is not None:
+            yield Train(
+                lr=suggestion.lr, num_steps=None, stage=self.stage, label="range test", reason=suggestion.reason
+            )
+
+    def conclude(self, run: Run, answers: Iterable[Answer]) -> RangeSuggestion | None:
+        """The suggestion out of the recorded answers to :meth:`requests`; None if they end before it."""
+        requests = self.measure(run)
+        try:
+            next(requests)
+            for answer in answers:
+                requests.send(answer)
+        except StopIteration as stop:
+            suggestion: RangeSuggestion = stop.value
+            return suggestion
+        return None
+
+    def measure(self, run: Run) -> Generator[Request, Any, RangeSuggestion]:
+        """The climbs alone; nothing is kept when they are over."""
+        curves: list[RangeCurve] = []
+        left_over: str | None = None
+        lrs = ladder(self.min_lr, self.max_lr, self.num_steps, self.mode).tolist()
+        for repeat in range(self.repeats):
+            losses: list[float] = []
+            start: str | None = None
+            for position in range(0, self.num_steps, self.chunk):
+                steps = min(self.chunk, self.num_steps - position)
+                answer: ProbeResult = yield Probe(
+                    lr=lrs[position],
+                    num_steps=steps,
+                    draw=self.seed + repeat,
+                    offset=position,
+                    shape=self._shape(lrs, position),
+                    start=start,
+                    keep_end=position + steps < self.num_steps,
+                    evaluate="none",
+                    stage=self.stage,
+                    label=f"range test {repeat + 1} of {self.repeats}, lr {lrs[position]:.2g}",
+                    release=tuple(name for name in (start, left_over) if name is not None),
+                )
+                start, left_over = answer.end, None
+                losses += answer.losses
+                if answer.status is Status.DIVERGED:
+                    losses.append(math.inf)
+                if divergence(losses)[0] is not None:
+                    break
+            left_over = start
+            curves.append(RangeCurve.measured(lrs, losses, self.width))
+        if left_over is not None:
+            yield Probe(
+                lr=self.min_lr, num_steps=0, evaluate="none", stage=self.stage, label="range test", release=(left_over,)
+            )
+        return suggest(curves, self.rule)
+
+    def _shape(self, lrs: list[float], position: int) -> Exponential | Points:
+        """The rest of the ladder, as a factor on the learning rate at ``position``."""
+        rungs = self.num_steps - 1
+        if self.mode == "exponential":
+            return Exponential(num_steps=rungs, gamma=math.log(self.max_lr / self.min_lr))
+        climb = (self.max_lr - self.min_lr) / lrs[position]
+        return Points((1.0, 1.0 + climb), num_steps=rungs)
