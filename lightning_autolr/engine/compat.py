@@ -104,7 +104,7 @@ def reshard(roots: Iterable[object]) -> None:
     """
     for module in _modules(roots):
         if type(module).__name__.startswith("FSDP") and hasattr(module, "reshard"):
-            module.reshard()
+            operator.methodcaller("reshard")(module)
 
 
 def _modules(roots: Iterable[object]) -> Iterator[nn.Module]:

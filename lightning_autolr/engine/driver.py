@@ -207,14 +207,14 @@ class SearchCallback(Callback):
             self._resume(state)
         self._requests: Requests | None = None
         self._request: Request | None = None
+        # Saved ones are put back now, not at the first batch: loading it, or a validation before it, draws numbers again.
+        random_state = self._random_state or RandomState(trainer.strategy.root_device)
         self._start_search()
+        random_state.restore()
         self._record.restart(self._leftover)
 
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self._random_state is not None:
-            self._random_state.restore()
-            self._random_state = None
         self._step_before = trainer.global_step
         if batch_idx % steps_per_batch(trainer):
             return
@@ -227,7 +227,12 @@ class SearchCallback(Callback):
         step = active.steps_done
         momentum = active.train.momentum(step) if active.train.momentum is not None else None
         self._lr.set(active.train.lr * active.train.shape(step), momentum)
+        self._lr.show()
         self._log(begins=step == 0)
+
+    @override
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        self._lr.hide()
 
     @override
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -447,10 +452,12 @@ class SearchCallback(Callback):
         cost = self._prober.cost
         self._record.add(Entry(request, answer, global_step, cost.steps + cost.steps_undone, seconds, fingerprint))
         if self._requests is not None:
+            random_state = RandomState(self._trainer.strategy.root_device)
             try:
                 self._request = self._requests.send(answer)
             except StopIteration:
                 self._request = None
+            random_state.restore()  # fitting a surrogate may draw numbers, also between two real steps
 
     def _begin(self, train: Train) -> None:
         """Begin a segment of real training."""

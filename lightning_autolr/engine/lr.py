@@ -58,10 +58,21 @@ class LearningRate:
             self._handles += [o.register_step_post_hook(self._after_step) for o in self._optimizers]
 
     def set(self, value: float, momentum: float | None = None) -> None:
-        """Write ``value`` (and the momentum, or first beta) into all groups."""
+        """Train with ``value`` (and momentum, or first beta) from the next optimizer step on."""
         self._meet_new_groups(self.value)
         self.value, self.momentum = value, momentum
+        if not self._multiply:
+            self._write()
+
+    def show(self) -> None:
+        """Write what the next step will be trained with, for those who read the groups when a batch starts."""
         self._write()
+
+    def hide(self) -> None:
+        """Let the module's schedulers find their own values again, should no optimizer step come in between."""
+        for index, ours in enumerate(self.memory["ours"]):
+            if ours:
+                self._write_own(index)
 
     def start_segment(self) -> None:
         """From here on the module's schedulers count relative to what they say now (``on_scheduler="multiply"``)."""
@@ -79,12 +90,14 @@ class LearningRate:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._meet_new_groups(self.value)
-        self._write()
+        self._write(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # A chainable scheduler computes its next value from what stands in the group: let it find its own.
-        index = next(i for i, o in enumerate(self._optimizers) if o is optimizer)
-        for group, lr in zip(optimizer.param_groups, self.memory["own"][index], strict=True):
+        self._write_own(next(i for i, o in enumerate(self._optimizers) if o is optimizer))
+
+    def _write_own(self, index: int) -> None:
+        """A chainable scheduler computes its next value from what stands in the group."""
+        for group, lr in zip(self._optimizers[index].param_groups, self.memory["own"][index], strict=True):
             _write_number(group, "lr", lr)
         self.memory["ours"] = [ours and i != index for i, ours in enumerate(self.memory["ours"])]
 
@@ -111,11 +124,13 @@ class LearningRate:
             for own, ours, optimizer in zip(self.memory["own"], self.memory["ours"], self._optimizers, strict=True)
         ]
 
-    def _write(self) -> None:
+    def _write(self, only: Optimizer | None = None) -> None:
+        which = [(o, optimizer) for o, optimizer in enumerate(self._optimizers) if only in (None, optimizer)]
         if self._multiply:
             self._read_own()
-            self.memory["ours"] = [True] * len(self._optimizers)
-        for o, optimizer in enumerate(self._optimizers):
+            written = {o for o, _ in which}
+            self.memory["ours"] = [ours or o in written for o, ours in enumerate(self.memory["ours"])]
+        for o, optimizer in which:
             for g, group in enumerate(optimizer.param_groups):
                 _write_number(group, "lr", self._wanted(o, g))
                 if self.momentum is not None:

@@ -65,6 +65,7 @@ class Options:
     optimizer: str = "sgd"
     manual: bool = False
     optimizers: int = 1
+    alternate: bool = False  # the second optimizer skips every third batch
     scheduler: str | None = None
     dataloader_iter: bool = False
     compiled: bool = False
@@ -143,7 +144,9 @@ class Subject(LightningModule):
         if not self.options.manual:
             return self.step(batch)
         optimizers = self.optimizers()
-        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+        for number, optimizer in enumerate(optimizers if isinstance(optimizers, list) else [optimizers]):
+            if self.options.alternate and number == 1 and batch_idx % 3 == 1:
+                continue
             loss = self.step(batch)
             optimizer.zero_grad()
             self.manual_backward(loss)

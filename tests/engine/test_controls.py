@@ -63,7 +63,13 @@ def _persistent_buffers_only(patch: Patch) -> None:
 
 
 def _without_log_capture(patch: Patch) -> None:
-    patch.setattr(quiet.LogSink, "__call__", lambda self, *a, **k: Subject.log(self.module, *a, **k))
+    keep = quiet.LogSink.__call__
+
+    def log(self: Any, *args: Any, **kwargs: Any) -> None:
+        keep(self, *args, **kwargs)
+        Subject.log(self.module, *args, **kwargs)
+
+    patch.setattr(quiet.LogSink, "__call__", log)
 
     @contextmanager
     def heard(trainer: Any, module: nn.Module, heard_by: Any) -> Any:
@@ -89,15 +95,6 @@ def _without_loader_clone(patch: Patch) -> None:
     patch.setattr(batches, "_clone", lambda loader, seed, draw, skip, trainer: loader)
 
 
-def _without_learning_rate_memory(patch: Patch) -> None:
-    make = state.Fork.__init__
-
-    def init(self: state.Fork, roots: Iterable[object], store: Any) -> None:
-        make(self, [root for root in roots if not isinstance(root, dict)], store)
-
-    patch.setattr(state.Fork, "__init__", init)
-
-
 _SCALED = Options(
     "adamw", precision_plugin=lambda: MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", growth_interval=3))
 )
@@ -119,10 +116,6 @@ CONTROLS: dict[str, tuple[Options, Callable[[Patch], None]]] = {
     "scheduler state, manual": (
         Options(manual=True, scheduler="step"),
         _without_roots(torch.optim.lr_scheduler.LRScheduler),
-    ),
-    "memory of schedulers": (
-        Options(manual=True, scheduler="step", search={"on_scheduler": "multiply"}),
-        _without_learning_rate_memory,
     ),
     "train and eval flags": (Options(), _left_alone("training")),
     "parameters": (Options(), _not_visiting(lambda obj: isinstance(obj, nn.Parameter))),

@@ -47,6 +47,9 @@ TABLE = {
     "manual, 2 optimizers": Options(manual=True, optimizers=2),
     "manual, scheduler": Options(manual=True, scheduler="lambda"),
     "manual, multiply": Options(manual=True, optimizers=2, scheduler="step", search={"on_scheduler": "multiply"}),
+    "manual, multiply, alternate": Options(
+        manual=True, optimizers=2, alternate=True, scheduler="step", search={"on_scheduler": "multiply"}
+    ),
     "bf16": Options("adamw", trainer={"precision": "bf16-mixed"}),
     "fp16": Options(precision_plugin=_fp16),
     "fp16, accumulate and clip": Options(precision_plugin=_fp16, trainer=_ACCUMULATE),
