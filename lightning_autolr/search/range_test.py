@@ -49,7 +49,7 @@ class RangeTest(AbstractSearch):
         repeats: climbs, each with other batches, >= 1.
         rule: "minimum", a tenth of the rate with the lowest loss: the steadiest, and right for a constant rate. "edge",
             a quarter of the rate from which on the loss rises: higher, for schedules that decay. "valley", the middle
-            of the main fall, and "steepest", its steepest point, tend to be low and vary more.
+            of the main fall, and "steepest", its steepest point, are mostly near "minimum" and vary more.
         width: half the window of the smoothing, in decades, > 0.
         chunk: steps between two looks at the loss, >= 1.
         apply: train at the suggestion afterwards, until the run ends.
