@@ -30,9 +30,9 @@ from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from scipy.stats import bootstrap
 
-from lightning_autolr import AutoLRSCallback, FactorSearchCallback, ScheduleCallback, SearchCallback
+from lightning_autolr import AutoLRSCallback, BeamSearchCallback, FactorSearchCallback, ScheduleCallback, SearchCallback
 from lightning_autolr.core.requests import Requests, Run, Train
-from lightning_autolr.schedules import Constant, Cosine, Linear, OneCycle, Rex, Schedule, Warmup, WarmupStableDecay
+from lightning_autolr.schedules import Constant, Cosine, Linear, OneCycle, Rex, Schedule, Step, Warmup, WarmupStableDecay
 from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.range_test import RangeTest
 from lightning_autolr.tasks import (
@@ -90,6 +90,7 @@ SCHEDULES: dict[str, Schedule] = {
     "cosine": Cosine(),
     "warm-up cosine": Warmup(Cosine(), 0.05),
     "rex": Rex(),
+    "step": Step(),
     "one-cycle": OneCycle(),
     "warm-up stable decay": WarmupStableDecay(),
 }
@@ -102,7 +103,7 @@ class RangeThen(AbstractSearch):
     schedule: Schedule
 
     def requests(self, run: Run) -> Requests:
-        suggestion = yield from RangeTest(repeats=1).measure(run)
+        suggestion = yield from RangeTest(repeats=1, rule="edge").measure(run)  # the rule for schedules that decay
         left = (run.total_steps or 0) - 100
         yield Train(suggestion.lr or run.lr, left, self.schedule.stretched(left))
 
@@ -146,6 +147,10 @@ def searches(task: Task) -> dict[str, Callable[[], list[Callback]]]:
         "range test + cosine": lambda: [RangeThenCallback(Cosine(), count_search=True)],
         "range test + warm-up cosine": lambda: [RangeThenCallback(Warmup(Cosine(), 0.05), count_search=True)],
         "factor search": lambda: [FactorSearchCallback(count_search=True, every=task.steps // 20)],
+        "factor search, scores shuffled": lambda: [
+            FactorSearchCallback(count_search=True, every=task.steps // 20, shuffle_scores=True)
+        ],
+        "beam search": lambda: [BeamSearchCallback(count_search=True, interval=task.steps // 20)],
         **autowu(),
     }
 

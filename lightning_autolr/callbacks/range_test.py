@@ -39,7 +39,8 @@ class RangeTestCallback(Callback):
         num_steps: rungs of the ladder.
         mode: "exponential" or "linear" ladder.
         repeats: climbs with other batches each; their spread gives the interval.
-        rule: "valley", "steepest", "minimum" or "edge".
+        rule: "minimum" (a tenth of where the loss is lowest; for a constant learning rate), "edge" (a quarter of where it runs
+            away; when a decay follows), "valley" or "steepest".
         apply: use the suggestion, when there is one.
         stop: end the run after the test.
         fork: where the copy of the training state lies.
@@ -62,7 +63,7 @@ class RangeTestCallback(Callback):
         num_steps: int = 100,
         mode: Literal["exponential", "linear"] = "exponential",
         repeats: int = 3,
-        rule: Rule = "valley",
+        rule: Rule = "minimum",
         apply: bool = False,
         stop: bool = False,
         fork: Place = "device",

@@ -52,9 +52,10 @@ class AutoLRS(AbstractSearch):
        when no candidate is expected to gain more than the evaluation's noise.
     2. **Hold.** Short probes taken later only ever say "lower" (short-horizon bias, Wu et al. 2018, arXiv 1803.02021), so
        there are none. After a short warm-up the peak is held.
-    3. **The ratchet.** A stage that ends with a loss above the lowest of the run, beyond the noise of their paired difference
-       on the evaluation batches, is undone: back to the weights that had the lowest, and the learning rate is divided by
-       ``shrink`` from there on. It answers overfitting, which no short probe can see, and divergence.
+    3. **The ratchet.** The loss on the evaluation batches is looked at forty times in a run. When it has not fallen below its
+       lowest for ``patience`` looks while the learning rate is annealed, or when it blew up at any time, the stages since
+       are undone: back to the weights that had the lowest, and the learning rate is divided by ``shrink`` from there on. It
+       answers overfitting, which no short probe can see, and divergence. The run ends on the weights with the lowest loss.
     4. **Anneal.** The last ``anneal_fraction`` of the run goes to zero.
 
     Differs from the paper (Jin et al., ICLR 2021, arXiv 2105.10762), which searches at every stage, at as many steps as it
@@ -73,7 +74,7 @@ class AutoLRS(AbstractSearch):
         anneal: shape of the end, open in its number of steps.
         ratchet: whether to undo stages.
         shrink: what the learning rate is divided by after an undo, > 1.
-        tolerance: a stage is worse when its mean paired difference is above so many of its standard errors.
+        patience: looks without a new lowest loss after which the ratchet acts, >= 1.
         evaluate: "validation" batches, or training batches held out from the probes ("holdout").
         warmup: a search for the warm-up that goes first; the candidates then stay in the range that it found, and the
             warm-up of ``warmup_fraction`` is left out.
@@ -94,7 +95,7 @@ class AutoLRS(AbstractSearch):
     anneal: Schedule = field(default=Linear())
     ratchet: bool = True
     shrink: float = 2.0
-    tolerance: float = 1.0
+    patience: int = 5
     evaluate: Literal["validation", "holdout"] = "validation"
     warmup: AutoWU | None = None
 
@@ -116,9 +117,9 @@ class AutoLRS(AbstractSearch):
                 f"Expected 0 <= warmup_fraction < 1 and 0 < anneal_fraction <= 1, got {self.warmup_fraction=} and "
                 f"{self.anneal_fraction=}."
             )
-        if not (self.step > 1 and self.shrink > 1 and self.tolerance >= 0):
+        if not (self.step > 1 and self.shrink > 1 and self.patience >= 1):
             raise ValueError(
-                f"Expected step > 1, shrink > 1 and tolerance >= 0, got {self.step=}, {self.shrink=} and {self.tolerance=}."
+                f"Expected step > 1, shrink > 1 and patience >= 1, got {self.step=}, {self.shrink=} and {self.patience=}."
             )
 
     def plan(self, total_steps: int | None) -> Plan:
@@ -181,41 +182,44 @@ class AutoLRS(AbstractSearch):
         if total is not None and run.count_search:
             total = max(1, total - tried.num_steps)
         shape = Constant() if total is None else self._shape(total)
-        done, scale = 0, 1.0
-        best = (yield self._look()) if self.ratchet else None  # the lowest evaluation of the run ...
-        state: str | None = None  # ... the id of the weights that had it ...
+        done, scale, age = 0, 1.0, 0
+        first = best = (yield self._look()) if self.ratchet else None
+        state: str | None = None  # the id of the weights that had the lowest evaluation, ``best`` ...
         is_new = self.ratchet  # ... and whether these are the present ones, not kept yet
         go_back = False
         while total is None or done < total:
-            steps = plan.stage_steps
-            last = total is not None and total - done < 1.6 * steps
-            if last and total is not None:
-                steps = total - done
+            left = math.inf if total is None else total - done
+            # The last step stands alone: before it the run can still go back, and its learning rate is next to nothing.
+            ending = left - 1 if self.ratchet else left
+            steps = int(left if left <= 1 else ending if ending < 1.6 * plan.stage_steps else plan.stage_steps)
             answer: TrainResult = yield Train(
                 lr=peak * scale,
                 num_steps=steps,
                 shape=Shifted(shape, done),
                 start=state if go_back else None,
-                keep_start=is_new and not last,
-                release=(state,) if state is not None and (is_new or last) else (),
-                stop_above=tried.limit if self.ratchet and not last else None,
+                keep_start=is_new and steps < left,
+                release=(state,) if state is not None and (is_new or steps == left) else (),
+                stop_above=tried.limit if self.ratchet and steps < left else None,
                 stage=done // plan.stage_steps,
                 reason=reason,
             )
             done += steps if answer.status is Status.OK else len(answer.losses)
-            if not self.ratchet or last:
+            if not self.ratchet or steps == left:
                 continue
             state = answer.start if is_new else state
             after: ProbeResult | None = (yield self._look()) if answer.status is Status.OK else None
-            go_back = after is None or self._is_worse(best, after)
-            is_new = not go_back and after is not None and best is not None and after.loss <= best.loss
-            if go_back:
-                scale /= self.shrink
-                reason = f"The loss rose above the lowest so far: back to there, at 1/{self.shrink:g} of the learning rate."
-            elif is_new:
+            is_new = after is not None and best is not None and after.loss < best.loss
+            age = 0 if is_new or (total is not None and done < (1 - self.anneal_fraction) * total) else age + 1
+            blew_up = after is None or first is None or self._blew_up(first, after)
+            go_back = blew_up or age >= self.patience or (total is not None and done >= total - 1 and not is_new)
+            if is_new:
                 best, reason = after, "The loss fell."
+            elif go_back:
+                scale, age = scale / self.shrink, 0
+                why = "The loss blew up" if blew_up else "The loss did not fall any more"
+                reason = f"{why}: back to the lowest, at 1/{self.shrink:g} of the learning rate."
             else:
-                reason = "The loss is the lowest so far, within its noise."
+                reason = "The loss was lower before, but not for long."
 
     def _shape(self, total: int) -> Schedule:
         return WarmupStableDecay(
@@ -229,11 +233,13 @@ class AutoLRS(AbstractSearch):
     def _look(self) -> Probe:
         return Probe(lr=1.0, num_steps=0, draw=_SCREEN, evaluate=self.evaluate, label="ratchet")
 
-    def _is_worse(self, before: ProbeResult | None, after: ProbeResult) -> bool:
-        if before is None or not math.isfinite(after.loss):
+    @staticmethod
+    def _blew_up(first: ProbeResult, after: ProbeResult) -> bool:
+        """Far worse than before the first step."""
+        if not math.isfinite(after.loss):
             return True
-        mean, error = paired(before, after)
-        return mean > self.tolerance * error
+        mean, error = paired(first, after)
+        return mean > max(4 * error, 0.5 * abs(first.loss))
 
 
 @dataclass
