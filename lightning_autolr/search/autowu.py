@@ -337,7 +337,8 @@ class AutoWU(AbstractSearch):
         again at half the learning rate.
         """
         total, interval = _total(run), self._interval(run)
-        lr, left, offset, start = found.lr, _total(run) - found.num_steps, 0, None
+        lr, left, offset = found.lr, total - found.num_steps, 0
+        start: str | None = None
         kept: str | None = None
         if self._guard is not None:
             for _ in range(_RESTARTS):

@@ -156,6 +156,22 @@ def test_the_same_calls_get_the_same_answers_and_no_global_state_is_touched() ->
     np.testing.assert_array_equal(np.random.get_state()[1], before[1])  # type: ignore[index]
 
 
+def test_the_cost_of_a_test_does_not_grow_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    condition = minimum._condition
+
+    def recorded(model: Any, x: Any, y: Any) -> None:
+        sizes.append(len(x))
+        condition(model, x, y)
+
+    monkeypatch.setattr(minimum, "_condition", recorded)
+    PastMinimum(num_tests=3)(curve("bowl", 20_000, noise=0.1))
+    assert sizes == [100, 500, 500, 500]
+    sizes.clear()
+    PastMinimum(num_tests=3)(curve("bowl", 200, noise=0.1))
+    assert sizes == [100, 160, 160, 160]
+
+
 def test_losses_that_are_not_finite_keep_their_places() -> None:
     losses = curve("bowl", 100)
     losses[70:80] = math.nan
