@@ -17,7 +17,7 @@ from lightning_autolr.search.base import AbstractSearch
 
 __all__ = ["AutoLRS", "Plan"]
 
-_SHORTEST_PROBE = 10
+_SHORTEST_PROBE = 20
 _SHORTEST_STAGE = 10
 _SCREEN = 0  # the draw of the ratchet's evaluations; candidates use the ones after it
 
@@ -84,7 +84,7 @@ class AutoLRS(AbstractSearch):
     """
 
     tau: int = 1000
-    num_candidates: int = 7
+    num_candidates: int = 8
     min_lr: float | None = None
     max_lr: float | None = None
     search_budget: float = 0.1
@@ -125,15 +125,16 @@ class AutoLRS(AbstractSearch):
     def plan(self, total_steps: int | None) -> Plan:
         """How a run of ``total_steps`` is used; None: nobody knows how long it is.
 
-        >>> AutoLRS().plan(7000)
-        Plan(probe_steps=100, max_probes=7, stage_steps=175)
+        >>> AutoLRS().plan(8000)
+        Plan(probe_steps=100, max_probes=8, stage_steps=200)
         """
         if total_steps is None:
             probe_steps = self.probe_steps or max(_SHORTEST_PROBE, self.tau // 10)
             return Plan(probe_steps, self.num_candidates, self.tau)
         share = int(self.search_budget * total_steps / self.num_candidates)
+        shortest = max(1, min(_SHORTEST_PROBE, total_steps // 10))
         stage = max(_SHORTEST_STAGE, total_steps // 40)
-        return Plan(self.probe_steps or max(_SHORTEST_PROBE, share), self.num_candidates, min(self.tau, stage))
+        return Plan(self.probe_steps or max(shortest, share), self.num_candidates, min(self.tau, stage))
 
     def requests(self, run: Run) -> Requests:
         """Search for the peak, then train in stages."""
