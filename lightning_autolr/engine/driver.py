@@ -37,6 +37,7 @@ from lightning_autolr.core.requests import (
     encode,
 )
 from lightning_autolr.engine import compat
+from lightning_autolr.engine.figure_log import FigureLog, log_account, options_of
 from lightning_autolr.engine.files import Place
 from lightning_autolr.engine.grad_norms import GradNorms
 from lightning_autolr.engine.kept import dump_kept, load_kept
@@ -89,6 +90,8 @@ class SearchCallback(Callback):
         search_callbacks: callbacks of the Trainer that take part in private steps, since they change gradients.
         probe_dataloader: batches for probes, when the training loader cannot be read twice.
         allow_untested: run on strategies that we have not tested.
+        figures: log figures of what was tried and of the whole run, see :mod:`lightning_autolr.report.figures`; as files in
+            ``<log_dir>/autolr/figures`` when no logger takes them. Needs matplotlib, without which there are none.
         seed: seed of everything random in the search.
 
     Raises:
@@ -110,6 +113,7 @@ class SearchCallback(Callback):
         search_callbacks: Sequence[Callback] = (),
         probe_dataloader: Any = None,
         allow_untested: bool = False,
+        figures: bool = True,
         seed: int = 0,
     ) -> None:
         _check_choice("objective", objective, ("validation", "holdout", "train"))
@@ -127,6 +131,7 @@ class SearchCallback(Callback):
         self.total_steps = total_steps
         self.count_search = count_search
         self.allow_untested = allow_untested
+        self.figures = figures
         self.probe_options = ProbeOptions(
             monitor=monitor,
             mode=mode,
@@ -192,6 +197,8 @@ class SearchCallback(Callback):
         log_dir = trainer.log_dir  # collective: asked for on every rank
         folder = None if trainer.fast_dev_run or log_dir is None else os.path.join(log_dir, "autolr")
         self._record = Record(folder if trainer.is_global_zero else None)
+        draws = self.figures and trainer.is_global_zero
+        self._figures = FigureLog(trainer.loggers, folder) if draws and folder is not None else None
         self._active: _Active | None = None
         self._unread: list[Tensor] = []
         self._grad_norms: GradNorms | None = None
@@ -281,6 +288,7 @@ class SearchCallback(Callback):
         self._record.finish()
         if self.searches:
             rank_zero_info(self._account())
+        self._log_end()
         self._lr.close()
 
     @override
@@ -367,7 +375,10 @@ class SearchCallback(Callback):
         """Begin the search on rank 0, or bring it to where the trace ends."""
         run = self._run()
         if self._trainer.is_global_zero:
-            self._requests = self.make_search(run).requests(run)
+            search = self.make_search(run)
+            if plan := search.describe(run):
+                rank_zero_info(f"{type(self).__name__}: {plan}")
+            self._requests = search.requests(run)
             self._request = replay(self._requests, [(e.request, e.answer) for e in self._record.trace])
             if self._active is not None and self._request != self._active.train:
                 if self.searches or self._record.trace or not isinstance(self._request, Train):
@@ -419,6 +430,9 @@ class SearchCallback(Callback):
                             break  # a signal is delivered between two probes, with the real state in place
             self._progress.clear()
             self._prober.cost.seconds += time.perf_counter() - begun
+            if self._figures is not None:
+                step = compat.logger_step(trainer)
+                self._figures.after_search(self._record.trace, self._record.segments, request, step)
         if request is None:
             request = Train(lr=self._last_lr(), num_steps=None, label="hold", reason="The search has ended.")
         self._begin(request)
@@ -559,6 +573,17 @@ class SearchCallback(Callback):
                 scalars["autolr/search_steps"] = float(cost.steps + cost.steps_undone)
             for logger in trainer.loggers:
                 logger.log_metrics(scalars, step=step)
+
+    def _log_end(self) -> None:
+        """Log the figures of the whole run, what the search cost, and with what options."""
+        trainer, step = self._trainer, compat.logger_step(self._trainer)
+        score = trainer.callback_metrics.get(self.probe_options.monitor)  # may reduce over ranks: asked for on all of them
+        if self._figures is not None:
+            self._figures.at_end(self._record.trace, self._record.segments, step)
+        if self.searches and trainer.is_global_zero and not trainer.fast_dev_run:
+            names = ("schedule_steps", "search_steps", "undone_steps", "search_seconds")
+            metrics = {f"autolr/{name}": float(self.summary[name]) for name in names}
+            log_account(trainer.loggers, options_of(self), metrics, None if score is None else float(score), step)
 
     def _account(self) -> str:
         summary = self.summary

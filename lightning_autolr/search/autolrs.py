@@ -136,6 +136,17 @@ class AutoLRS(AbstractSearch):
         stage = max(_SHORTEST_STAGE, total_steps // 40)
         return Plan(self.probe_steps or max(shortest, share), self.num_candidates, min(self.tau, stage))
 
+    def describe(self, run: Run) -> str:
+        """The plan and its cost."""
+        plan = self.plan(run.total_steps)
+        share = "" if run.total_steps is None else f", {plan.search_steps / run.total_steps:.0%} of the run's {run.total_steps}"
+        looks = f"a look every {plan.stage_steps} steps" if self.ratchet else "no ratchet"
+        end = "held to the end" if run.total_steps is None else f"the last {self.anneal_fraction:.0%} annealed to zero"
+        return (
+            f"at most {plan.max_probes} candidates of {plan.probe_steps} steps from lr {run.lr:.3g} on "
+            f"({plan.search_steps} steps{share}), then {looks}, {end}."
+        )
+
     def requests(self, run: Run) -> Requests:
         """Search for the peak, then train in stages."""
         if self.warmup is not None:

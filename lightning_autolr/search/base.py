@@ -17,6 +17,10 @@ class AbstractSearch(ABC):
     def requests(self, run: Run) -> Requests:
         """Yield what to do next, receive what came of it. Called once, before the run's first step."""
 
+    def describe(self, run: Run) -> str:
+        """One sentence for the user before training: what will be done, at what cost. Empty when there is nothing to say."""
+        return ""
+
 
 class ReplayError(RuntimeError):
     """A recorded search cannot be continued by this one: their requests differ."""

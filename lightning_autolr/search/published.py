@@ -209,6 +209,12 @@ class PublishedAutoLRS(AbstractSearch):
 
     # -- the search -------------------------------------------------------------------------------------------------
 
+    def describe(self, run: Run) -> str:
+        """The first stages and their cost."""
+        stages = list(itertools.islice(self.plan(run), 4))
+        sizes = ", ".join(f"{s.search_steps} + {s.num_steps:g}" for s in stages)
+        return f"stages of search + training steps: {sizes}{'' if stages and stages[-1].is_last else ', ...'}."
+
     def requests(self, run: Run) -> Requests:
         """Warm up; then search and train, stage by stage, until the run ends."""
         if self.objective == "validation" and not run.has_validation:

@@ -33,6 +33,10 @@ class PublishedInRange(AbstractSearch):
     def __post_init__(self) -> None:
         self._search(self.min_lr or 1e-7, self.max_lr or 10.0)  # a wrong option shows here, not in an hour
 
+    def describe(self, run: Run) -> str:
+        test = "" if self.min_lr is not None and self.max_lr is not None else "a range test of 100 steps, then "
+        return test + self._search(self.min_lr or 1e-7, self.max_lr or 10.0).describe(run)
+
     def requests(self, run: Run) -> Requests:
         low, high = self.min_lr, self.max_lr
         if low is None or high is None:
