@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -10,22 +11,19 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from rich.console import Console
 
 # Imported for their names alone: jsonargparse finds the classes it has seen by their short names.
 import lightning_autolr.callbacks
 import lightning_autolr.schedules
 import lightning_autolr.tasks  # noqa: F401
-from lightning_autolr.report.compare import Comparison, compare_configs
-from lightning_autolr.report.page import write_page
 
-__all__ = ["AutoLRCLI", "compare", "main", "resolve"]
+__all__ = ["AutoLRCLI", "main", "resolve"]
 
 
 class AutoLRCLI(LightningCLI):
@@ -33,6 +31,9 @@ class AutoLRCLI(LightningCLI):
 
     The network is evaluated as it is at the end of training, on the validation and the test data, as far as there are
     any (``--trainer.limit_test_batches 0`` leaves the test out).
+
+    Args:
+        args: the command line, without the program's name.
     """
 
     def __init__(self, args: Sequence[str]) -> None:
@@ -63,14 +64,14 @@ class AutoLRCLI(LightningCLI):
             _report(Path(log_dir), metrics, steps, seconds)
 
     def _evaluate(self) -> dict[str, float]:
-        loops = {"validate": "val_dataloader", "test": "test_dataloader"}
+        sources = [s for s in (self.model, self.datamodule) if s is not None]
         metrics: dict[str, float] = {}
-        for loop, loader in loops.items():
-            step = "validation_step" if loop == "validate" else "test_step"
-            sources = [s for s in (self.model, self.datamodule) if s is not None]
-            if is_overridden(step, self.model) and any(is_overridden(loader, s) for s in sources):
-                run: Callable[..., list[Any]] = getattr(self.trainer, loop)
-                for part in run(self.model, datamodule=self.datamodule, verbose=False):
+        for loop, step, loader in (
+            (self.trainer.validate, "validation_step", "val_dataloader"),
+            (self.trainer.test, "test_step", "test_dataloader"),
+        ):
+            if is_overridden(step, self.model) and any(is_overridden(loader, source) for source in sources):
+                for part in loop(self.model, datamodule=self.datamodule, verbose=False):
                     metrics.update({name: float(value) for name, value in part.items()})
         return metrics
 
@@ -112,93 +113,12 @@ def resolve(config: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     printed = StringIO()
     try:
         with redirect_stdout(printed):
-            AutoLRCLI(args=["fit", "--config", config, *overrides, "--print_config"])
+            AutoLRCLI(["fit", "--config", config, *overrides, "--print_config"])
     except SystemExit as end:
         if end.code:
             raise
     values: dict[str, Any] = yaml.safe_load(printed.getvalue())
     return values
-
-
-def compare(
-    configs: list[str],
-    seeds: int = 3,
-    equal_total_steps: bool = False,
-    metric: str = "test_loss",
-    engine: Literal["local", "ray"] = "local",
-    jobs: int = 1,
-    out: str = "runs/compare",
-    overrides: Sequence[str] = (),
-) -> Comparison:
-    """Train every configuration with the same seeds and compare them with the first one.
-
-    Arguments after ``--`` go to every ``fit``: ``compare a.yaml b.yaml --seeds 2 -- --trainer.max_steps 500``. Finished
-    runs are not repeated unless their configuration changed.
-
-    Args:
-        configs: files for ``fit``. Differences are taken to the first one.
-        seeds: number of seeds: 0, 1, ...
-        equal_total_steps: let search steps count in ``max_steps``, so that every run makes the same number in all.
-        metric: the value to compare, as logged on the test or validation data. Smaller is better unless its name ends
-            in acc or accuracy.
-        engine: where the runs are made: in processes here, or as tasks of a Ray cluster.
-        jobs: runs at a time; with Ray, "as many as the cluster takes" is 0.
-        out: folder for the runs, ``runs.csv``, ``comparison.json`` and ``comparison.html``.
-        overrides: further arguments of ``fit``, as after ``--``.
-    """
-    resolved = {name: resolve(path, overrides) for name, path in _named(configs).items()}
-    console = Console(width=None if sys.stdout.isatty() else 140)  # a file has no width to fit in
-    comparison = compare_configs(
-        resolved,
-        seeds=range(seeds),
-        equal_total_steps=equal_total_steps,
-        metric=metric,
-        engine=engine,
-        jobs=jobs,
-        out=Path(out),
-        console=console,
-    )
-    page = write_page(comparison, Path(out) / "comparison.html")
-    console.print(comparison.table())
-    for run in comparison.failures:
-        console.print(f"[red]failed:[/] {run.name}, seed {run.seed}: {run.error} (see {run.folder / 'log.txt'})")
-    console.print(f"Page: {page}", soft_wrap=True)
-    return comparison
-
-
-def _named(paths: Sequence[str]) -> dict[str, str]:
-    """The shortest names which tell the files apart: stems, or with their folders."""
-    for parts in range(1, 1 + max(len(Path(p).parts) for p in paths)):
-        names = ["-".join(Path(p).with_suffix("").parts[-parts:]) for p in paths]
-        if len(set(names)) == len(paths):
-            return dict(zip(names, paths, strict=True))
-    raise ValueError(f"Expected different configurations, got {list(paths)}.")
-
-
-def _compare_command(arguments: list[str], overrides: list[str]) -> int:
-    parser = _command_parser("compare", compare)
-    parser.add_argument("configs", nargs="+", help="files for fit; differences are taken to the first one")
-    parser.add_function_arguments(compare, skip={"configs", "overrides"})
-    options = parser.parse_args(arguments).as_dict()
-    return 1 if compare(**options, overrides=overrides).failures else 0
-
-
-def _command_parser(name: str, function: Callable[..., Any]) -> ArgumentParser:
-    return ArgumentParser(prog=f"lightning-autolr {name}", description=_first_line(function))
-
-
-_COMMANDS: dict[str, tuple[Callable[..., Any], Callable[[list[str], list[str]], int]]] = {
-    "compare": (compare, _compare_command),
-}
-
-
-def _first_line(function: Callable[..., Any]) -> str:
-    return (function.__doc__ or "").partition("\n")[0]
-
-
-def _description() -> str:
-    own = " ".join(f"{name}: {_first_line(function)}" for name, (function, _) in _COMMANDS.items())
-    return f"Train with Lightning under learning rates that are found while you train. Further commands: {own}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -210,12 +130,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # the user's own modules by class_path, as with `python -m`
-    if arguments and arguments[0] in _COMMANDS:
-        at = arguments.index("--") if "--" in arguments else len(arguments)
-        return _COMMANDS[arguments[0]][1](arguments[1:at], arguments[at + 1 :])
-    AutoLRCLI(args=arguments)
+    commands = _commands()
+    if arguments and arguments[0] in commands:
+        return _run_command(arguments[0], commands[arguments[0]], arguments[1:])
+    AutoLRCLI(arguments)
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _commands() -> dict[str, Callable[..., int]]:
+    from lightning_autolr import commands  # not above: they use this module
+
+    names = ("compare", "preview", "inspect", "replay", "refine", "range_test")
+    return {name.replace("_", "-"): getattr(commands, name) for name in names}
+
+
+def _run_command(name: str, function: Callable[..., int], arguments: list[str]) -> int:
+    """Parse what stands before ``--`` by the function's signature; what stands after it is for ``fit``."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    parameters = inspect.signature(function).parameters
+    parser = ArgumentParser(prog=f"lightning-autolr {name}", description=_first_line(function))
+    if "configs" in parameters:
+        parser.add_argument("configs", nargs="+", help="files for fit")
+    special: set[str | int] = {name for name in ("configs", "overrides") if name in parameters}
+    parser.add_function_arguments(function, as_positional=True, skip=special)
+    options = parser.parse_args(arguments[:at]).as_dict()
+    if "overrides" in parameters:
+        options["overrides"] = arguments[at + 1 :]
+    elif arguments[at + 1 :]:
+        parser.error(f"{name} takes no arguments for fit, got {arguments[at + 1 :]}")
+    try:
+        return function(**options)
+    except FileNotFoundError as error:  # a wrong path is told from a bug by its message, not by where it happened
+        print(f"lightning-autolr {name}: {error}", file=sys.stderr)
+        return 2
+
+
+def _first_line(function: Callable[..., Any]) -> str:
+    return (function.__doc__ or "").partition("\n")[0]
+
+
+def _description() -> str:
+    own = " ".join(f"{name}: {_first_line(function)}" for name, function in _commands().items())
+    return f"Train with Lightning under learning rates that are found while you train. Further commands: {own}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 from lightning.pytorch.cli import LightningCLI
 
 import lightning_autolr
-from lightning_autolr import callbacks, cli
+from lightning_autolr import callbacks, cli, commands
+from lightning_autolr.schedules import Tabulated
 
 # LightningCLI's calls of jsonargparse, not ours
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -136,11 +138,13 @@ def _missing(file: Path) -> bool:
     return any(f"lightning_autolr.{n}\n" in text and not hasattr(callbacks, n) for n in lightning_autolr.__all__)
 
 
+FAST = {"digits/autolrs", "digits/autowu", "digits/rex"}
+
+
 def _params(files: list[Path]) -> list[Any]:
-    slow = [pytest.mark.slow]
-    return [
-        pytest.param(f, id=f"{f.parent.name}/{f.stem}", marks=slow if f.parent.name != "digits" else []) for f in files
-    ]
+    names = [f"{file.parent.name}/{file.stem}" for file in files]
+    slow = pytest.mark.slow
+    return [pytest.param(f, id=n, marks=[] if n in FAST else slow) for f, n in zip(files, names, strict=True)]
 
 
 SMALL = {
@@ -184,10 +188,10 @@ def test_help_names_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--help"])
     assert not end.value.code
     text = capsys.readouterr().out
-    assert all(command in text for command in ("fit", "validate", "test", "predict", *cli._COMMANDS))
+    assert all(command in text for command in ("fit", "validate", "test", "predict", *cli._commands()))
 
 
-@pytest.mark.parametrize("command", sorted(cli._COMMANDS))
+@pytest.mark.parametrize("command", sorted(cli._commands()))
 def test_every_command_explains_its_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])
@@ -228,9 +232,76 @@ def test_resolving_a_bad_configuration_fails(capsys: pytest.CaptureFixture[str])
     ],
 )
 def test_configurations_have_the_shortest_names_that_differ(paths: list[str], names: list[str]) -> None:
-    assert cli._named(paths) == dict(zip(names, paths, strict=True))
+    assert commands._named(paths) == dict(zip(names, paths, strict=True))
 
 
 def test_the_same_file_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="different configurations"):
-        cli._named(["a.yaml", "a.yaml"])
+        commands._named(["a.yaml", "a.yaml"])
+
+
+# --- commands on runs
+
+
+def test_preview_shows_schedules_and_says_what_cannot_be_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = [str(CONFIGS / f"digits/{name}.yaml") for name in ("linear", "constant", "autolrs")]
+    assert cli.main(["preview", *files, "--", "--trainer.max_steps=400"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"linear +0: 0.05  100: 0.0375  200: 0.025  300: 0.0125  400: 0\n", printed)
+    assert re.search(r"constant +0: 0.05 .* 400: 0.05\n", printed)
+    assert "autolrs: no ScheduleCallback" in printed
+    assert (tmp_path / "preview.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["preview", files[2]]) == 1
+
+
+def test_preview_needs_a_length(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="--total_steps"):
+        cli.main(["preview", str(CONFIGS / "digits/linear.yaml"), "--", "--trainer.max_steps=-1"])
+
+
+def test_a_found_schedule_is_replayed_to_the_same_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    steps = ["--trainer.max_steps=20", "--trainer.callbacks.interval=5"]
+    found = fit(CONFIGS / "digits/beam.yaml", run, *steps)
+    assert found["search_steps"] > 0
+    capsys.readouterr()
+    assert cli.main(["inspect", str(run), "--csv", str(tmp_path / "rows.csv")]) == 0
+    assert (tmp_path / "rows.csv").read_text().count("\n") > 3
+    assert cli.main(["replay", str(run), "--", *QUIET[:2]]) == 0
+    replayed = json.loads((run / "replay/result.json").read_text())
+    assert replayed["metrics"] == found["metrics"]
+    assert replayed["search_steps"] == 0
+    assert "replayed" in capsys.readouterr().out
+
+
+def test_a_schedule_is_refined_from_recorded_norms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--trainer.max_steps=30", "--trainer.callbacks+=GradNormCallback"]
+    fit(CONFIGS / "digits/linear.yaml", tmp_path, *options)
+    assert cli.main(["refine", str(tmp_path), "--smoothing=0.1"]) == 0
+    assert Tabulated.from_file(tmp_path / "autolr/refined.json").length == 30
+    assert "lightning_autolr.ScheduleCallback" in capsys.readouterr().out
+
+
+def test_a_range_test_suggests_without_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--num_steps=10", "--repeats=1", f"--out={tmp_path}", "--", *QUIET[:2], "--trainer.accelerator=cpu"]
+    assert cli.main(["range-test", str(CONFIGS / "digits/constant.yaml"), *options]) == 0
+    assert "Range tests" in capsys.readouterr().out
+    assert (tmp_path / "autolr/range_test.json").exists()
+    assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize("command", ["inspect", "replay", "refine"])
+def test_a_folder_that_is_no_run_is_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, str(tmp_path / "nowhere")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"lightning-autolr {command}: Expected ")
+    assert "nowhere" in error
+
+
+def test_arguments_for_fit_where_there_is_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["inspect", str(tmp_path), "--", "--trainer.max_steps=3"])
+    assert "no arguments for fit" in capsys.readouterr().err

@@ -107,7 +107,12 @@ class Comparison:
         )
         rows = self.rows()
         for name in rows[0]:
-            table.add_column(name, justify="left" if name in ("method", "runs") else "right", overflow="fold", no_wrap=name != "method")
+            table.add_column(
+                name,
+                justify="left" if name in ("method", "runs") else "right",
+                overflow="fold",
+                no_wrap=name != "method",
+            )
         for row in rows:
             table.add_row(*row.values())
         return table

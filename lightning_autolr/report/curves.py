@@ -10,14 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_autolr.core.requests import LineProbe, ProbeResult
 from lightning_autolr.report.trace import read_trace
+from lightning_autolr.schedules import Schedule
 
-__all__ = ["Course", "comparison_figure", "read_course"]
+__all__ = ["Course", "comparison_figure", "preview_figure", "read_course"]
 
 Points = Sequence[tuple[int, float]]
 
@@ -113,6 +115,26 @@ def comparison_figure(
         figure.legend(
             *zip(*handles, strict=True), loc="outside upper center", ncols=min(6, len(handles)), frameon=False
         )
+    return figure
+
+
+def preview_figure(schedules: Mapping[str, tuple[Schedule, float | None, int]]) -> Figure:
+    """Schedules over their steps.
+
+    Args:
+        schedules: by name, with the learning rate at factor 1 (None draws factors, unless the schedule holds rates), and
+            the optimizer steps to show.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for name, (schedule, peak, length) in schedules.items():
+        steps = np.unique(np.linspace(0, length, 1001).round().astype(int)).tolist()
+        relative = peak is None and not schedule.absolute
+        scale = 1.0 if schedule.absolute else peak or 1.0
+        label = f"{name} (times the configured rate)" if relative else name
+        axis.plot(steps, [scale * schedule(step) for step in steps], label=label)
+    _label(axis, "learning rate", "optimizer steps", log=False)
+    axis.legend(frameon=False)
     return figure
 
 

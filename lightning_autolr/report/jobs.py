@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any, ClassVar, Literal
 
 import yaml  # type: ignore[import-untyped]
 
-__all__ = ["Job", "Run", "run_jobs"]
+__all__ = ["Job", "Run", "callbacks_of", "run_jobs", "writing_to"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,7 @@ class Job:
         """The run of one configuration with one seed, without the configuration's own loggers and progress bar."""
         config = copy.deepcopy(config)
         trainer = config["trainer"]
-        callbacks = trainer.get("callbacks") or []
-        callbacks = trainer["callbacks"] = [callbacks] if isinstance(callbacks, dict) else callbacks
+        callbacks = trainer["callbacks"] = callbacks_of(config)
         config["seed_everything"] = seed
         trainer["logger"] = None
         for callback in callbacks:
@@ -73,7 +73,7 @@ class Job:
         try:
             result = json.loads((self.folder / "result.json").read_text())
         except FileNotFoundError:
-            return Run(self.name, self.seed, self.folder, error=_last_line(self.folder / "log.txt"))
+            return Run(self.name, self.seed, self.folder, error=_reason(self.folder / "log.txt"))
         costs = {name: float(result[name]) for name in Run.COSTS}
         return Run(self.name, self.seed, self.folder, metrics=result["metrics"], costs=costs)
 
@@ -99,6 +99,20 @@ class Run:
     error: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
+
+
+def callbacks_of(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The callbacks of a resolved configuration, which may have none, one, or a list."""
+    callbacks = config["trainer"].get("callbacks") or []
+    return [callbacks] if isinstance(callbacks, dict) else list(callbacks)
+
+
+def writing_to(folder: Path) -> list[str]:
+    """Arguments of ``fit`` that make it write to this folder itself, for machines and for TensorBoard."""
+    where = {"save_dir": str(folder.parent), "name": folder.name, "version": ""}
+    kinds = ("CSVLogger", "TensorBoardLogger")
+    loggers = [{"class_path": f"lightning.pytorch.loggers.{kind}", "init_args": where} for kind in kinds]
+    return ["--trainer.logger", json.dumps(loggers), "--trainer.default_root_dir", str(folder)]
 
 
 def run_jobs(jobs: Sequence[Job], engine: Literal["local", "ray"], parallel: int) -> Iterator[Run]:
@@ -137,13 +151,15 @@ def _run_here(jobs: Sequence[Job], parallel: int) -> Iterator[Job]:
 
 def _fit(folder: Path, parallel: int = 1, started: list[subprocess.Popen[bytes]] | None = None) -> None:
     """Train ``folder/job.yaml`` in a process of its own, everything it writes going to ``folder``."""
-    where = {"save_dir": str(folder.parent), "name": folder.name, "version": ""}
-    loggers = [
-        {"class_path": f"lightning.pytorch.loggers.{kind}", "init_args": where}
-        for kind in ("CSVLogger", "TensorBoardLogger")
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_autolr",
+        "fit",
+        "--config",
+        str(folder / "job.yaml"),
+        *writing_to(folder),
     ]
-    command = [sys.executable, "-m", "lightning_autolr.cli", "fit", "--config", str(folder / "job.yaml")]
-    command += ["--trainer.logger", json.dumps(loggers), "--trainer.default_root_dir", str(folder)]
     environment = dict(os.environ)
     if parallel > 1:  # or each run would start as many threads as there are cores
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // parallel)))
@@ -186,6 +202,8 @@ def _fit_elsewhere(text: str) -> dict[str, bytes]:
         return {str(f.relative_to(folder)): f.read_bytes() for f in files}
 
 
-def _last_line(log: Path) -> str:
+def _reason(log: Path) -> str:
+    """Why a run ended: its first exception, since later ones are said to come from it, or else its last words."""
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return lines[-1].strip() if lines else "it ended without a word"
+    named = (line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line))
+    return next(named, lines[-1].strip() if lines else "it ended without a word")

@@ -391,7 +391,7 @@ def test_a_failing_method_is_reported_and_the_status_says_so(tmp_path: Path) -> 
     bad = tmp_path / "bad.yaml"
     bad.write_text(f"config: {CONFIGS / 'digits/rex.yaml'}\ndata.init_args.num_val: 5000\n")
     done = subprocess.run(
-        [sys.executable, "-m", "lightning_autolr.cli", "compare", str(bad), "--seeds=1", "--out=there", *SHORT],
+        [sys.executable, "-m", "lightning_autolr", "compare", str(bad), "--seeds=1", "--out=there", *SHORT],
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1
