@@ -577,7 +577,9 @@ class SearchCallback(Callback):
     def _log_end(self) -> None:
         """Log the figures of the whole run, what the search cost, and with what options."""
         trainer, step = self._trainer, compat.logger_step(self._trainer)
-        score = trainer.callback_metrics.get(self.probe_options.monitor)  # may reduce over ranks: asked for on all of them
+        score = trainer.callback_metrics.get(
+            self.probe_options.monitor
+        )  # may reduce over ranks: asked for on all of them
         if self._figures is not None:
             self._figures.at_end(self._record.trace, self._record.segments, step)
         if self.searches and trainer.is_global_zero and not trainer.fast_dev_run:

@@ -54,13 +54,14 @@ class LearningRate:
             self.memory["at_start"] = list(self.memory["own"])
         self._handles = [o.register_step_pre_hook(self._before_step) for o in self._optimizers]
         self._multiply = multiply
+        self._in_step = False
         if multiply:
             self._handles += [o.register_step_post_hook(self._after_step) for o in self._optimizers]
 
     def set(self, value: float, momentum: float | None = None) -> None:
         """Train with ``value`` (and momentum, or first beta) from the next optimizer step on."""
         self._meet_new_groups(self.value)
-        self.value, self.momentum = value, momentum
+        self.value, self.momentum, self._in_step = value, momentum, False
         if not self._multiply:
             self._write()
 
@@ -69,9 +70,12 @@ class LearningRate:
         self._write()
 
     def hide(self) -> None:
-        """Let the module's schedulers find their own values again, should no optimizer step come in between."""
+        """Let the module's schedulers find their own values again, should no optimizer step come in between.
+
+        Called before each backward, which may be part of a step (its closure): then the step needs what we wrote.
+        """
         for index, ours in enumerate(self.memory["ours"]):
-            if ours:
+            if ours and not self._in_step:
                 self._write_own(index)
 
     def start_segment(self) -> None:
@@ -89,10 +93,12 @@ class LearningRate:
             handle.remove()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._in_step = True
         self._meet_new_groups(self.value)
         self._write(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._in_step = False
         self._write_own(next(i for i, o in enumerate(self._optimizers) if o is optimizer))
 
     def _write_own(self, index: int) -> None:

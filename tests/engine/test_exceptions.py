@@ -83,7 +83,9 @@ class After(Callback):
 
 # Two candidates of two steps, three real steps, and the same again: the second search makes the steps 8 to 11. A candidate
 # is evaluated in twelve parts, so that its parts are 25 to 48.
-@pytest.mark.parametrize("error", [KeyError("user"), RuntimeError("user"), KeyboardInterrupt(), ZeroDivisionError("user")])
+@pytest.mark.parametrize(
+    "error", [KeyError("user"), RuntimeError("user"), KeyboardInterrupt(), ZeroDivisionError("user")]
+)
 @pytest.mark.parametrize("at", ["step", "val_step"])
 @pytest.mark.filterwarnings("ignore:.*was called without a model|.*there is no last checkpoint available:UserWarning")
 def test_everything_is_put_back(error: BaseException, at: str, tmp_path: Path) -> None:
@@ -94,7 +96,13 @@ def test_everything_is_put_back(error: BaseException, at: str, tmp_path: Path) -
     saver = OnExceptionCheckpoint(tmp_path, filename="crash")
     expected = SystemExit if isinstance(error, KeyboardInterrupt) else type(error)
     with pytest.raises(expected):
-        fit_tiny(tmp_path, [before, Search(Stages()), after, saver], module, num_sanity_val_steps=0, enable_checkpointing=True)
+        fit_tiny(
+            tmp_path,
+            [before, Search(Stages()), after, saver],
+            module,
+            num_sanity_val_steps=0,
+            enable_checkpointing=True,
+        )
     assert after.exception is error
     assert after.state.pop("save") is False
     before.state["grads"] = after.state["grads"]

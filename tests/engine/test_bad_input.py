@@ -1,0 +1,170 @@
+"""Wrong input is refused early, with what was expected, what came, and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_autolr.callbacks.schedule import ScheduleCallback
+from lightning_autolr.schedules import Constant, Cosine
+from tests.engine.small import Stages, Tiny, fit_tiny, loader
+from tests.engine.subjects import NoisyData, Search
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "accuracy"}, r"Expected objective to be one of .*, got 'accuracy'"),
+        ({"mode": "lower"}, r"Expected mode to be one of \('min', 'max'\), got 'lower'"),
+        ({"fork": "gpu"}, r"Expected fork to be one of \('device', 'cpu', 'disk'\), got 'gpu'"),
+        ({"on_scheduler": "ignore"}, r"Expected on_scheduler to be one of .*, got 'ignore'"),
+        ({"eval_batches": 0}, r"Expected eval_batches >= 1 or None, got eval_batches=0"),
+        ({"total_steps": 0}, r"Expected total_steps >= 1 or 'auto', got total_steps=0"),
+        ({"total_steps": "all"}, r"Expected total_steps >= 1 or 'auto', got total_steps='all'"),
+        ({"total_steps": 2.5}, r"Expected total_steps >= 1 or 'auto', got total_steps=2.5"),
+        ({"seed": -1}, r"Expected seed >= 0, got seed=-1"),
+    ],
+)
+def test_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Search(**options)
+
+
+def test_schedule_arguments() -> None:
+    with pytest.raises(TypeError, match=r"Expected a Schedule, got 'cosine'. For a file pass"):
+        ScheduleCallback("cosine")  # type: ignore[arg-type]
+    for peak_lr in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="Expected peak_lr > 0 or None"):
+            ScheduleCallback(Constant(), peak_lr=peak_lr)
+
+
+def test_unknown_monitor(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Expected `validation_step` to log 'accuracy' .* logged \['val_loss'\]"):
+        fit_tiny(tmp_path, [Search(Stages(), monitor="accuracy")])
+
+
+def test_no_validation(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="Expected a `validation_step`, a validation dataloader"):
+        fit_tiny(tmp_path, [Search(Stages())], limit_val_batches=0)
+    fit_tiny(tmp_path, [Search(Stages(evaluate="holdout"), objective="holdout")], limit_val_batches=0)
+    fit_tiny(tmp_path, [ScheduleCallback(Constant())], limit_val_batches=0)
+
+
+class Manual(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+def test_holdout_under_manual_optimization(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="Expected automatic optimization for `objective='holdout'`"):
+        fit_tiny(tmp_path, [Search(Stages(), objective="holdout")], Manual())
+
+
+class Unheard(SingleDeviceStrategy):
+    """Derived from a tested one: fine."""
+
+
+def test_unsupported_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy = SingleDeviceStrategy(torch.device("cpu"))
+    fit_tiny(tmp_path, [Search(Stages())], strategy=Unheard(torch.device("cpu")))
+    monkeypatch.setattr("lightning_autolr.engine.driver._TESTED_STRATEGIES", ("DDPStrategy",))
+    with pytest.raises(MisconfigurationException, match=r"Expected a strategy out of .*, got SingleDeviceStrategy"):
+        fit_tiny(tmp_path, [Search(Stages())], strategy=strategy)
+    fit_tiny(tmp_path, [ScheduleCallback(Constant())])
+    fit_tiny(tmp_path, [Search(Stages(), allow_untested=True)])
+
+
+def test_communication_hook(tmp_path: Path) -> None:
+    strategy = DDPStrategy(ddp_comm_hook=lambda state, bucket: None)
+    search = Search(Stages())
+    trainer: Any = type("Trainer", (), {"strategy": strategy, "enable_validation": True})
+    with pytest.raises(
+        MisconfigurationException, match="Expected DistributedDataParallel without a communication hook"
+    ):
+        search._check_trainer(trainer, Tiny())
+
+
+class OneShot:
+    """Batches that come once."""
+
+    def __init__(self) -> None:
+        self.batches = iter(loader(36))
+
+    def __iter__(self) -> OneShot:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self.batches)
+
+
+def test_loader_that_is_its_own_iterator(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="Expected a loader that can be iterated twice, got OneShot, which is its own iterator"
+    ):
+        fit_tiny(tmp_path, [Search(Stages())], train=OneShot())
+    trainer, _ = fit_tiny(tmp_path, [Search(Stages(), probe_dataloader=loader())], train=OneShot())
+    assert trainer.global_step == 6
+
+
+def test_empty_probe_loader(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Expected the training loader to yield batches for probes, got none"):
+        fit_tiny(tmp_path, [Search(Stages(), probe_dataloader=[])])
+
+
+def test_finite_stream_shorter_than_the_search(tmp_path: Path) -> None:
+    """Later draws of an ordered stream begin later; at its end they begin again."""
+
+    class Finite(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            return iter([NoisyData(30, jitter=False)[i] for i in range(30)])
+
+    search = Search(Stages(num_stages=6, num_steps=2, probe_steps=3))
+    trainer, _ = fit_tiny(tmp_path, [search], train=torch.utils.data.DataLoader(Finite(), batch_size=6), max_steps=12)
+    assert trainer.global_step == 12
+
+
+def test_all_learning_rates_zero(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Expected at least one parameter group with a learning rate > 0"):
+        fit_tiny(tmp_path, [Search(Stages())], Tiny(lr=0.0))
+
+
+def test_run_without_end_for_an_open_schedule(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Expected a run of known length"):
+        fit_tiny(tmp_path, [ScheduleCallback(Cosine())], max_steps=-1, max_epochs=-1)
+
+
+class Lazy(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LazyLinear(3)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_lazy_parameters(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="Expected parameters with shapes, got lazy ones"):
+        fit_tiny(tmp_path, [Search(Stages())], Lazy(), num_sanity_val_steps=0)
+
+
+class Skips(Tiny):
+    """Returns nothing for some batches, logs its loss under a name of its own, and takes no index."""
+
+    def training_step(self, batch: Any) -> Any:  # type: ignore[override]
+        loss = self.loss(batch)
+        self.log("my_loss", loss)
+        return None if self.trainer.global_step % 2 else {"loss": loss, "extra": 1}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        assert not outputs or outputs["extra"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`:UserWarning")
+def test_unusual_modules(tmp_path: Path) -> None:
+    trainer, _ = fit_tiny(tmp_path, [Search(Stages())], Skips())
+    assert trainer.global_step == 6
