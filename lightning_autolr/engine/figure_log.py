@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_autolr.core.requests import Request, Train
@@ -175,7 +176,7 @@ def _image(figure: Figure) -> Any:
 
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
-    return Image.fromarray(canvas.buffer_rgba()).convert("RGB")
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

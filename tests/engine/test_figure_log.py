@@ -52,7 +52,8 @@ class Recorder:
 
 def logger_of(name: str, **attributes: Any) -> Any:
     """A stand-in for a logger whose package is not there: ours are told apart by the names of their classes."""
-    return type(name, (), {"experiment": Recorder(), **attributes})()
+    methods = {k: staticmethod(v) if callable(v) else v for k, v in attributes.items()}
+    return type(name, (), {"experiment": Recorder(), **methods})()
 
 
 # -- one figure ---------------------------------------------------------------------------------------------------------
@@ -250,7 +251,7 @@ def test_a_run_without_figures(options: dict[str, dict[str, Any]], tmp_path: Pat
 def test_figures_do_not_change_the_trace(tmp_path: Path) -> None:
     traces = []
     for draws in (True, False):
-        callback = Search(Stages(), figures=draws)
+        callback = Search(Stages(num_stages=1), figures=draws)
         fit_tiny(tmp_path / str(draws), [callback])
         traces.append([(e.request, e.answer) for e in callback.trace])
     assert traces[0] == traces[1]
