@@ -127,6 +127,8 @@ class _Walk:
             self.put_back.append(lambda: _set_requires_grad(tensor, flag))
         elif tensor.grad_fn is not None:
             return  # part of a live graph: training does not write into it, and writing would break its backward
+        shape = tensor.shape
+        self.put_back.append(lambda: _set_shape(tensor, shape))
         self.tensors.append(tensor)
 
     def _visit_dict(self, obj: dict[Any, Any], left_alone: frozenset[str] = frozenset()) -> None:
@@ -167,6 +169,11 @@ class _Walk:
         if hasattr(obj, "autolr_state_dict"):
             saved = copy.deepcopy(obj.autolr_state_dict())
             self.put_back.append(lambda: obj.autolr_load_state_dict(copy.deepcopy(saved)))
+
+
+def _set_shape(tensor: Tensor, shape: torch.Size) -> None:
+    if tensor.shape != shape:
+        tensor.data = tensor.new_empty(shape)
 
 
 def _ignore(result: object) -> None:

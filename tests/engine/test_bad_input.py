@@ -105,9 +105,7 @@ class OneShot:
 
 
 def test_loader_that_is_its_own_iterator(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match="Expected a loader that can be iterated twice, got OneShot, which is its own iterator"
-    ):
+    with pytest.raises(ValueError, match="Expected a loader that can be iterated twice, got OneShot"):
         fit_tiny(tmp_path, [Search(Stages())], train=OneShot())
     trainer, _ = fit_tiny(tmp_path, [Search(Stages(), probe_dataloader=loader())], train=OneShot())
     assert trainer.global_step == 6

@@ -104,7 +104,7 @@ def test_private_names_stand_in_compat_only() -> None:
         "_foreach_neg_",
         "_foreach_norm",
         "_is_view",
-    }  # torch's, used by its optimizers too
+    }
     folder = Path(compat.__file__).parent
     found = []
     for path in sorted(folder.glob("*.py")):

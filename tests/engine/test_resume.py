@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,10 +113,8 @@ def run(
     )  # fmt: skip
     train = StatefulLoader(NoisyData(36, jitter=False), 6)
     val = DataLoader(NoisyData(12, jitter=False), 6)
-    try:
+    with contextlib.suppress(Killed):
         trainer.fit(module, train, val, ckpt_path=ckpt)
-    except Killed:
-        pass
     return trainer, module
 
 
@@ -216,8 +215,8 @@ def test_changed_options_are_refused(tmp_path: Path) -> None:
     run(tmp_path, Search(Plan()), kill_step=7)
     with pytest.raises(ReplayError, match="Expected request 0 of the resumed search to be the recorded one"):
         resume(tmp_path, Search(Plan(lrs=(0.1, 0.05))))
+    run(tmp_path / "b", Search(Plan(undo=False)), kill_step=7)
     with pytest.raises(ReplayError, match="Expected the resumed search to go on with"):
-        run(tmp_path / "b", Search(Plan(undo=False)), kill_step=7)
         resume(tmp_path / "b", Search(Plan()))
 
 
