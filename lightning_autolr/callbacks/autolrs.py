@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from lightning_autolr.core.requests import Run
 from lightning_autolr.engine.driver import SearchCallback
-from lightning_autolr.schedules import Linear, Schedule
+from lightning_autolr.schedules import Rex, Schedule
 from lightning_autolr.search.autolrs import AutoLRS
 from lightning_autolr.search.autowu import AutoWU
 from lightning_autolr.search.base import AbstractSearch
@@ -18,10 +18,10 @@ __all__ = ["AutoLRSCallback"]
 
 
 class AutoLRSCallback(SearchCallback):
-    """Finds the learning rate, holds it as long as it does no harm, and anneals it to zero at the end of the run.
+    """Finds the peak learning rate, anneals it slowly to zero, and takes back what did harm.
 
     ``method="early"``, the default, is :class:`~lightning_autolr.search.autolrs.AutoLRS`: one search before the first step
-    (about a tenth of the training steps), then warm-up, hold, undo of stages that did harm, anneal.
+    (about a tenth of the training steps), then a warm-up, a slow anneal, and undo of stages that did harm.
     ``method="published"`` is the paper's, :class:`~lightning_autolr.search.published.PublishedAutoLRS`: a search before every
     stage, at as many steps as are trained.
 
@@ -42,9 +42,10 @@ class AutoLRSCallback(SearchCallback):
         seed: seed of everything random in the search.
         method: "early" or "published".
         search_budget: "early": search steps as a share of the run's.
+        caution: "early": what the best candidate's learning rate is divided by: a run is longer than a probe.
         warmup_fraction: "early": share of the run that goes linearly up to the peak.
         anneal_fraction: "early": share of the run at its end that goes to zero.
-        anneal: "early": shape of the end.
+        anneal: "early": shape of the anneal; None is REX.
         ratchet: "early": whether to undo stages that did harm.
         shrink: "early": what the learning rate is divided by after an undo.
         warmup: "autowu" lets AutoWU find the warm-up first: the learning rate grows until the training loss has passed its
@@ -77,7 +78,8 @@ class AutoLRSCallback(SearchCallback):
         method: Literal["early", "published"] = "early",
         search_budget: float = 0.1,
         warmup_fraction: float = 0.05,
-        anneal_fraction: float = 0.5,
+        caution: float = 2.0,
+        anneal_fraction: float = 0.95,
         anneal: Schedule | None = None,
         ratchet: bool = True,
         shrink: float = 2.0,
@@ -104,9 +106,10 @@ class AutoLRSCallback(SearchCallback):
                 min_lr=min_lr,
                 max_lr=max_lr,
                 search_budget=search_budget,
+                caution=caution,
                 warmup_fraction=warmup_fraction,
                 anneal_fraction=anneal_fraction,
-                anneal=Linear() if anneal is None else anneal,
+                anneal=Rex() if anneal is None else anneal,
                 ratchet=ratchet,
                 shrink=shrink,
                 evaluate=objective,

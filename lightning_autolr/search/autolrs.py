@@ -1,4 +1,4 @@
-"""AutoLRS as we run it: search early, hold, undo, anneal."""
+"""AutoLRS as we run it: search early, anneal slowly, undo what did harm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from lightning_autolr.core.requests import Probe, ProbeResult, Request, Requests, Run, Status, Train, TrainResult
 from lightning_autolr.core.surrogate import FitError, Observation, posterior, suggest
-from lightning_autolr.schedules import Constant, Linear, Schedule, Shifted, WarmupStableDecay
+from lightning_autolr.schedules import Constant, Linear, Rex, Schedule, Shifted, WarmupStableDecay
 from lightning_autolr.search.autowu import AutoWU
 from lightning_autolr.search.base import AbstractSearch
 
@@ -44,19 +44,19 @@ class Plan:
 
 @dataclass(frozen=True)
 class AutoLRS(AbstractSearch):
-    r"""One search for the peak, then a warm-up, a long hold and an anneal to zero, with a ratchet all along.
+    r"""One search for the peak, then a warm-up and a slow anneal to zero, with a ratchet all along.
 
     1. **Search early.** Before the first step, candidates are trained privately on the same batches with their learning rate
        going linearly to zero, and scored by their loss on the same evaluation batches. From the configured learning rate
        the search climbs in factors of ``step`` until the best is bracketed, then a Gaussian process refines it; it stops
        when no candidate is expected to gain more than the evaluation's noise.
-    2. **Hold.** Short probes taken later only ever say "lower" (short-horizon bias, Wu et al. 2018, arXiv 1803.02021), so
-       there are none. After a short warm-up the peak is held.
+    2. **No later searches.** Short probes taken later only ever say "lower" (short-horizon bias, Wu et al. 2018, arXiv
+       1803.02021). The peak is the best candidate divided by ``caution``, since a run is longer than a probe. After a warm-up
+       it goes to zero over the last ``anneal_fraction`` of the run, by default along REX, which stays high for long.
     3. **The ratchet.** The loss on the evaluation batches is looked at forty times in a run. When it has not fallen below its
        lowest for ``patience`` looks while the learning rate is annealed, or when it blew up at any time, the stages since
        are undone: back to the weights that had the lowest, and the learning rate is divided by ``shrink`` from there on. It
        answers overfitting, which no short probe can see, and divergence. The run ends on the weights with the lowest loss.
-    4. **Anneal.** The last ``anneal_fraction`` of the run goes to zero.
 
     Differs from the paper (Jin et al., ICLR 2021, arXiv 2105.10762), which searches at every stage, at as many steps as it
     trains, for the lowest loss forecast to the stage's end; see :class:`~lightning_autolr.search.published.PublishedAutoLRS`.
@@ -69,6 +69,8 @@ class AutoLRS(AbstractSearch):
         search_budget: search steps as a share of the run's, in (0, 1).
         probe_steps: steps of one candidate; None divides the budget among the candidates.
         step: ratio of neighbouring candidates while the best is not bracketed, > 1.
+        caution: what the best candidate's learning rate is divided by, >= 1: a run is longer than a probe, and longer runs want
+            lower peaks.
         warmup_fraction: share of the run that goes linearly up to the peak, in [0, 1).
         anneal_fraction: share of the run at its end that goes to zero, in (0, 1].
         anneal: shape of the end, open in its number of steps.
@@ -90,9 +92,10 @@ class AutoLRS(AbstractSearch):
     search_budget: float = 0.1
     probe_steps: int | None = None
     step: float = 3.0
+    caution: float = 2.0
     warmup_fraction: float = 0.05
-    anneal_fraction: float = 0.5
-    anneal: Schedule = field(default=Linear())
+    anneal_fraction: float = 0.95
+    anneal: Schedule = field(default=Rex())
     ratchet: bool = True
     shrink: float = 2.0
     patience: int = 5
@@ -117,9 +120,10 @@ class AutoLRS(AbstractSearch):
                 f"Expected 0 <= warmup_fraction < 1 and 0 < anneal_fraction <= 1, got {self.warmup_fraction=} and "
                 f"{self.anneal_fraction=}."
             )
-        if not (self.step > 1 and self.shrink > 1 and self.patience >= 1):
+        if not (self.step > 1 and self.shrink > 1 and self.patience >= 1 and self.caution >= 1):
             raise ValueError(
-                f"Expected step > 1, shrink > 1 and patience >= 1, got {self.step=}, {self.shrink=} and {self.patience=}."
+                f"Expected step > 1, shrink > 1, patience >= 1 and caution >= 1, got {self.step=}, {self.shrink=}, "
+                f"{self.patience=} and {self.caution=}."
             )
 
     def plan(self, total_steps: int | None) -> Plan:
@@ -189,7 +193,8 @@ class AutoLRS(AbstractSearch):
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def _train(self, run: Run, plan: Plan, tried: _Tried) -> Requests:
-        peak, reason = tried.choose(run.lr)
+        best_lr, reason = tried.choose(run.lr)
+        peak = max(best_lr / self.caution, self.min_lr or 0.0)
         total = run.total_steps
         if total is not None and run.count_search:
             total = max(1, total - tried.num_steps)
