@@ -172,3 +172,7 @@ def _first_line(function: Callable[..., Any]) -> str:
 def _description() -> str:
     own = " ".join(f"{name}: {_first_line(function)}" for name, function in _commands().items())
     return f"Train with Lightning under learning rates that are found while you train. Further commands: {own}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

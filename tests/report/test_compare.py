@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from html.parser import HTMLParser
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -349,7 +350,7 @@ SHORT = ["--", "--trainer.max_steps=20", "--trainer.val_check_interval=10"]
 COMPARE = [
     sys.executable,
     "-m",
-    "lightning_autolr.cli",
+    "lightning_autolr",
     "compare",
     *(str(CONFIGS / f"digits/{m}.yaml") for m in ("rex", "beam")),
 ]
@@ -399,10 +400,11 @@ def test_a_failing_method_is_reported_and_the_status_says_so(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="needs ray")
 def test_on_ray(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
     options = ["--seeds=1", "--engine=ray", "--jobs=2", "--out=there"]
     done = subprocess.run([*COMPARE, *options, *SHORT], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "there/comparison.json").exists(), done.stdout + done.stderr
     assert len(json.loads((tmp_path / "there/comparison.json").read_text())["runs"]) == 2
     assert (tmp_path / "there/beam/seed_0/autolr/trace.jsonl").exists()
