@@ -152,7 +152,9 @@ def suggestions(rounds: int) -> list[Row]:
         rng = np.random.default_rng(0)
         x = rng.uniform(-4, 0, count)
         seen = [Observation(10.0**v, (v + 2) ** 2 + 0.05 * rng.normal()) for v in x]
-        times = _alternate({"suggest": functools.partial(suggest, seen, (1e-4, 1.0))}, rounds)["suggest"]
+        times = _alternate({"suggest": functools.partial(suggest, seen, (1e-4, 1.0))}, rounds, time.process_time)[
+            "suggest"
+        ]
         median = statistics.median(times)
         rows.append(
             Row(
@@ -198,15 +200,17 @@ def _trained(optimizer: str, width: int) -> tuple[Net, torch.optim.Optimizer]:
     return module, opt
 
 
-def _alternate(work: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def _alternate(
+    work: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each piece of work, one after the other in each round; the first round is not counted."""
     times: dict[str, list[float]] = {name: [] for name in work}
     for number in range(rounds + 1):
         for name, do in work.items():
-            begun = time.perf_counter()
+            begun = clock()
             do()
             if number:
-                times[name].append(time.perf_counter() - begun)
+                times[name].append(clock() - begun)
     return times
 
 
@@ -244,7 +248,7 @@ def main() -> None:
     seed_everything(0, verbose=False)
     rows = [private_steps(arguments.steps, arguments.rounds, arguments.batch)]
     for optimizer in ("sgd", "adamw"):
-        rows += fork_and_restore(optimizer, arguments.rounds, arguments.width)
+        rows += fork_and_restore(optimizer, 3 * arguments.rounds, arguments.width)
     rows += suggestions(arguments.rounds)
     rows += [memory(optimizer, arguments.width) for optimizer in ("sgd", "adamw")]
     assert all(row.ratio is None or math.isfinite(row.ratio) for row in rows)

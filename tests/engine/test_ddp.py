@@ -15,13 +15,14 @@ import torch
 import torch.multiprocessing as mp
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lightning_autolr.callbacks.schedule import ScheduleCallback
 from lightning_autolr.core.requests import ProbeResult, Status
+from lightning_autolr.engine.compat import local_tensor
 from lightning_autolr.schedules import Tabulated
 from tests.engine.small import Stages, Tiny
 from tests.engine.subjects import NoisyData, Scripted, Search, differences
@@ -81,7 +82,8 @@ def fit_ranked(folder: Path, callback: Any, module: Any, **options: Any) -> dict
     seed_everything(5, verbose=False)
     os.environ.update(_ENVIRONMENT)
     settings: dict[str, Any] = {"max_steps": 14, "strategy": {}, "val_check_interval": 3, **options}
-    settings["strategy"] = DDPStrategy(**settings["strategy"])
+    if isinstance(settings["strategy"], dict):
+        settings["strategy"] = DDPStrategy(**settings["strategy"])
     trainer = Trainer(
         accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), callbacks=[callback], log_every_n_steps=1,
         logger=CSVLogger(folder, name="", version=""), enable_checkpointing=False, enable_progress_bar=False,
@@ -167,3 +169,44 @@ def _bad_rank(rank: int, folder: Path) -> None:
 
 def test_divergence_on_one_rank_is_seen_by_all(tmp_path: Path) -> None:
     on_ranks(2, _bad_rank, tmp_path)
+
+
+class Sharded(Ranked):
+    """Parameters cut into pieces over the ranks (FSDP2)."""
+
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        if not isinstance(self.body, FSDPModule):
+            mesh = self.device_mesh["data_parallel"]
+            fully_shard(self.body, mesh=mesh)
+            fully_shard(self.layer, mesh=mesh)
+            fully_shard(self.norm, mesh=mesh)
+
+    def on_train_start(self) -> None:
+        # The optimizer's; the module's own may stand gathered, after a validation.
+        assert all(hasattr(p, "to_local") for group in self.trainer.optimizers[0].param_groups for p in group["params"])
+
+
+def _sharded(rank: int, folder: Path) -> None:
+    outcomes = []
+    search = Search(Scripted())
+    for callback in (
+        lambda: search,
+        lambda: ScheduleCallback(Tabulated.from_file(folder / "0" / "autolr" / "schedule.json")),
+    ):
+        torch.manual_seed(11)
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        module = Sharded("adamw")
+        fit_ranked(folder / str(len(outcomes)), callback(), module, strategy=strategy)
+        outcomes.append([local_tensor(p).detach().clone() for p in module.parameters()])
+    assert differences(*outcomes) == []
+    plain = [(e.request, e.answer) for e in search.trace]
+    torch.save(repr(plain), folder / f"rank-{rank}.pt")
+
+
+@pytest.mark.slow
+def test_sharded_parameters(tmp_path: Path) -> None:
+    on_ranks(2, _sharded, tmp_path)
+    one, other = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2))
+    assert one == other
