@@ -589,13 +589,14 @@ class SearchCallback(Callback):
 
     def _account(self) -> str:
         summary = self.summary
-        share = summary["search_steps"] / max(1, summary["schedule_steps"])
+        made = summary["schedule_steps"] + summary["undone_steps"]
         lrs = ", ".join(f"{lr:.2e}" for lr in summary["learning_rates"][:12])
         more = "" if len(summary["learning_rates"]) <= 12 else f" and {len(summary['learning_rates']) - 12} more"
         where = f" It lies in {self._record.folder}." if self._record.folder else ""
+        undone = f", of which {summary['undone_steps']} were undone" if summary["undone_steps"] else ""
         return (
-            f"{type(self).__name__}: {summary['schedule_steps']} steps trained, {summary['search_steps']} steps of search "
-            f"({share:.0%}; {summary['undone_steps']} of them undone training), {summary['eval_batches']} evaluation batches, "
+            f"{type(self).__name__}: {made} steps trained{undone}; {summary['probe_steps']} private steps of search "
+            f"({summary['probe_steps'] / max(1, made):.0%}), {summary['eval_batches']} evaluation batches, "
             f"{summary['search_seconds']:.1f} s in search. Learning rates: {lrs}{more}.{where}"
         )
 

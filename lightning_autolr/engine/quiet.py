@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
@@ -74,7 +74,8 @@ def quiet(trainer: Any, module: nn.Module, heard_by: list[Callback]) -> Iterator
 
         stack.callback(put_back)
         # A new list, never a changed one: Lightning is iterating over the old one right now.
-        trainer.callbacks = list(heard_by)
+        # Progress bars stay: they draw from a thread of their own and look themselves up in it. No private step calls them.
+        trainer.callbacks = [*(c for c in callbacks if isinstance(c, ProgressBar)), *heard_by]
         trainer.save_checkpoint = _refuse_to_save
         trainer.loggers = [DummyLogger() for _ in loggers]
         for loggable in loggables:

@@ -19,6 +19,7 @@ __all__ = ["AutoLRS", "Plan"]
 
 _SHORTEST_PROBE = 20
 _SHORTEST_STAGE = 10
+_LITTLE = 0.1  # of the first loss: while less has been gained, losing half of it means nothing
 _SCREEN = 0  # the draw of the ratchet's evaluations; candidates use the ones after it
 
 
@@ -54,9 +55,10 @@ class AutoLRS(AbstractSearch):
        1803.02021). The peak is the best candidate divided by ``caution``, since a run is longer than a probe. After a warm-up
        it goes to zero over the last ``anneal_fraction`` of the run, by default along REX, which stays high for long.
     3. **The ratchet.** The loss on the evaluation batches is looked at forty times in a run. When it has not fallen below its
-       lowest for ``patience`` looks while the learning rate is annealed, or when it blew up at any time, the stages since
-       are undone: back to the weights that had the lowest, and the learning rate is divided by ``shrink`` from there on. It
-       answers overfitting, which no short probe can see, and divergence. The run ends on the weights with the lowest loss.
+       lowest for ``patience`` looks while the learning rate is annealed, or when more than half of all that was gained is lost
+       again, the stages since are undone: back to the weights that had the lowest, and the learning rate is divided by
+       ``shrink`` from there on. It answers overfitting, which no short probe can see, and divergence. The run ends on the
+       weights with the lowest loss.
 
     Differs from the paper (Jin et al., ICLR 2021, arXiv 2105.10762), which searches at every stage, at as many steps as it
     trains, for the lowest loss forecast to the stage's end; see :class:`~lightning_autolr.search.published.PublishedAutoLRS`.
@@ -227,7 +229,7 @@ class AutoLRS(AbstractSearch):
             after: ProbeResult | None = (yield self._look()) if answer.status is Status.OK else None
             is_new = after is not None and best is not None and after.loss < best.loss
             age = 0 if is_new or (total is not None and done < (1 - self.anneal_fraction) * total) else age + 1
-            blew_up = after is None or first is None or self._blew_up(first, after)
+            blew_up = after is None or first is None or best is None or self._blew_up(first, best, after)
             go_back = blew_up or age >= self.patience or (total is not None and done >= total - 1 and not is_new)
             if is_new:
                 best, reason = after, "The loss fell."
@@ -251,12 +253,13 @@ class AutoLRS(AbstractSearch):
         return Probe(lr=1.0, num_steps=0, draw=_SCREEN, evaluate=self.evaluate, label="ratchet")
 
     @staticmethod
-    def _blew_up(first: ProbeResult, after: ProbeResult) -> bool:
-        """Far worse than before the first step."""
+    def _blew_up(first: ProbeResult, best: ProbeResult, after: ProbeResult) -> bool:
+        """Whether more than half of all that was gained since the first look is lost again."""
         if not math.isfinite(after.loss):
             return True
-        mean, error = paired(first, after)
-        return mean > max(4 * error, 0.5 * abs(first.loss))
+        mean, error = paired(best, after)
+        gained = first.loss - best.loss
+        return mean > max(4 * error, 0.5 * gained, _LITTLE * abs(first.loss))
 
 
 @dataclass
