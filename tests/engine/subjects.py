@@ -333,8 +333,10 @@ def outcome(trainer: Any, module: Subject, spy: Spy, ema: Any, folder: Path) -> 
         for key in [k for k in state if "path" in k or "dirpath" in k or "best_k" in k]:
             state.pop(key)
     with open(folder / "metrics.csv") as file:
-        own = ("autolr/search_steps", "autolr/stage")
-        rows = [{k: v for k, v in row.items() if k not in own} for row in csv.DictReader(file)]
+        # The account of the search is what the two runs should differ in; the learning rates are not.
+        heard = [k for k in file.readline().strip().split(",") if not k.startswith("autolr/") or k == "autolr/lr"]
+        file.seek(0)
+        rows = [{k: row[k] for k in heard} for row in csv.DictReader(file)]
     return {
         "weights": dict(module.named_parameters()),
         "buffers": dict(module.named_buffers()),
