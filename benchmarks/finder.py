@@ -25,7 +25,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, LearningRateFinder
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import lr_scheduler as sched
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -37,14 +37,18 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "LinearLR": lambda o: sched.LinearLR(o, 0.5, total_iters=20),
     "LambdaLR": lambda o: sched.LambdaLR(o, lambda t: 0.99**t),
     "OneCycleLR": lambda o: sched.OneCycleLR(o, max_lr=[g["lr"] for g in o.param_groups], total_steps=100),
-    "SequentialLR": lambda o: sched.SequentialLR(o, [sched.LinearLR(o, 0.1, total_iters=10), sched.StepLR(o, 20)], [10]),
+    "SequentialLR": lambda o: sched.SequentialLR(
+        o, [sched.LinearLR(o, 0.1, total_iters=10), sched.StepLR(o, 20)], [10]
+    ),
 }
 
 
 class MLP(LightningModule):
     """What a user would write, with switches for what finders have trouble with."""
 
-    def __init__(self, lr: float = 1e-3, scheduler: str | None = None, groups: bool = False, negative: bool = False) -> None:
+    def __init__(
+        self, lr: float = 1e-3, scheduler: str | None = None, groups: bool = False, negative: bool = False
+    ) -> None:
         super().__init__()
         self.lr = lr
         self.scheduler, self.groups, self.negative = scheduler, groups, negative
@@ -176,7 +180,11 @@ def kept(module: MLP, suggestion: float | None, scheduler: str) -> str:
     if suggestion is None:
         return "no suggestion"
     wanted = fit(MLP(suggestion, scheduler)).used
-    wrong = [i for i, (a, b) in enumerate(zip(module.used[-len(wanted) :], wanted, strict=False)) if abs(a[0] / b[0] - 1) > 0.01]
+    wrong = [
+        i
+        for i, (a, b) in enumerate(zip(module.used[-len(wanted) :], wanted, strict=False))
+        if abs(a[0] / b[0] - 1) > 0.01
+    ]
     return "kept" if not wrong else f"lost at step {wrong[0]}"
 
 
@@ -198,7 +206,9 @@ def main() -> None:
     for name in SCHEDULERS:
         a, b = MLP(scheduler=name), MLP(scheduler=name)
         found = theirs(a)
-        table.add_row(f"learning rate after the test, {name}", kept(a, found, name), kept(b, ours(b).suggestions[0].lr, name))
+        table.add_row(
+            f"learning rate after the test, {name}", kept(a, found, name), kept(b, ours(b).suggestions[0].lr, name)
+        )
 
     def ratio(module: MLP) -> str:
         return f"{module.used[-1][0] / module.used[-1][1]:.2g}"
@@ -240,7 +250,11 @@ def main() -> None:
         find(module)
         return kinds[-1]
 
-    table.add_row("a learning rate that is a tensor stays", attempt(lambda: stays_tensor(theirs)), attempt(lambda: stays_tensor(ours)))
+    table.add_row(
+        "a learning rate that is a tensor stays",
+        attempt(lambda: stays_tensor(theirs)),
+        attempt(lambda: stays_tensor(ours)),
+    )
     plain = MLP()
     a, b = copy.deepcopy(plain), copy.deepcopy(plain)
     fit(plain)
@@ -250,8 +264,8 @@ def main() -> None:
         *("unchanged" if module.seen[-len(plain.seen) :] == plain.seen else "changed" for module in (a, b)),
     )
     reference = copy.deepcopy(plain.net.state_dict())
-    same: Callable[[dict[str, Tensor]], bool] = lambda state: all(torch.equal(reference[k], v) for k, v in state.items())
-    table.add_row("weights after a test that is not applied", "-", "the same bits" if same(b.net.state_dict()) else "differ")
+    same = all(torch.equal(reference[k], v) for k, v in b.net.state_dict().items())
+    table.add_row("weights after a test that is not applied", "-", "the same bits" if same else "differ")
     Console(width=150).print(table)
 
 

@@ -32,7 +32,17 @@ from scipy.stats import bootstrap
 
 from lightning_autolr import AutoLRSCallback, BeamSearchCallback, FactorSearchCallback, ScheduleCallback, SearchCallback
 from lightning_autolr.core.requests import Requests, Run, Train
-from lightning_autolr.schedules import Constant, Cosine, Linear, OneCycle, Rex, Schedule, Step, Warmup, WarmupStableDecay
+from lightning_autolr.schedules import (
+    Constant,
+    Cosine,
+    Linear,
+    OneCycle,
+    Rex,
+    Schedule,
+    Step,
+    Warmup,
+    WarmupStableDecay,
+)
 from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.range_test import RangeTest
 from lightning_autolr.tasks import (
@@ -67,9 +77,15 @@ ADAM_GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 TASKS = {
     "digits": Task(lambda: ConvNet(8, widths=(16, 32)), DigitsData, SGD, SGD_GRID, 2000),
-    "noisy digits": Task(lambda: ConvNet(8, widths=(16, 32)), lambda: DigitsData(label_noise=0.1), AdamW, ADAM_GRID, 2000),
+    "noisy digits": Task(
+        lambda: ConvNet(8, widths=(16, 32)), lambda: DigitsData(label_noise=0.1), AdamW, ADAM_GRID, 2000
+    ),
     "fashion": Task(
-        lambda: ConvNet(28, widths=(16, 32), batch_norm=True), lambda: FashionMNISTData(num_train=10_000), SGD, SGD_GRID, 1000
+        lambda: ConvNet(28, widths=(16, 32), batch_norm=True),
+        lambda: FashionMNISTData(num_train=10_000),
+        SGD,
+        SGD_GRID,
+        1000,
     ),
     "mixer": Task(
         lambda: MLPMixer(28, width=32, depth=2), lambda: FashionMNISTData(num_train=10_000), AdamW, ADAM_GRID, 1000
@@ -208,7 +224,9 @@ def run(name: str, method: str, lr: float | None, seed: int, steps: int | None, 
     (tested,) = trainer.test(module, data, verbose=False)
     (validated,) = trainer.validate(module, data, verbose=False)
     summary = next((c.summary for c in callbacks if isinstance(c, SearchCallback)), {})
-    account = {k: summary.get(k, 0) for k in ("search_steps", "probe_steps", "undone_steps", "eval_batches", "search_seconds")}
+    account = {
+        k: summary.get(k, 0) for k in ("search_steps", "probe_steps", "undone_steps", "eval_batches", "search_seconds")
+    }
     finite = math.isfinite(tested["test_loss"])
     return {
         "task": name,

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,16 +61,17 @@ def compare(
     from lightning_autolr.report.page import write_page
 
     console = Console(width=None if sys.stdout.isatty() else 140)  # a file has no width to fit in
-    comparison = compare_configs(
-        {name: resolve(path, overrides) for name, path in _named(configs).items()},
-        seeds=range(seeds),
-        equal_total_steps=equal_total_steps,
-        metric=metric,
-        engine=engine,
-        jobs=jobs,
-        out=Path(out),
-        console=console,
-    )
+    with _exiting_on_sigterm():
+        comparison = compare_configs(
+            {name: resolve(path, overrides) for name, path in _named(configs).items()},
+            seeds=range(seeds),
+            equal_total_steps=equal_total_steps,
+            metric=metric,
+            engine=engine,
+            jobs=jobs,
+            out=Path(out),
+            console=console,
+        )
     console.print(comparison.table())
     for run in comparison.failures:
         console.print(f"failed: {run.name}, seed {run.seed}: {run.error} (see {run.folder / 'log.txt'})", markup=False)
@@ -222,6 +225,16 @@ def range_test(
     target.mkdir(parents=True, exist_ok=True)
     _fit(values, *writing_to(target), cli=_Silent)
     return inspect(str(target), figures=str(target / "autolr"))
+
+
+@contextmanager
+def _exiting_on_sigterm() -> Iterator[None]:
+    """Let ``kill`` end the runs too: by default it would end this process alone, without any clean-up."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Silent(AutoLRCLI):

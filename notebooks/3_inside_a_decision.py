@@ -60,7 +60,9 @@ for lr, answer in sorted(finite):
     losses = np.array(answer.evaluations[-1].losses)
     differences = losses - np.array(best.evaluations[-1].losses)
     alone, paired = (x.std(ddof=1) / math.sqrt(len(x)) for x in (losses, differences))
-    print(f"lr {lr:8.4f}  loss {losses.mean():.3f} +- {alone:.3f}   against the best {differences.mean():+.3f} +- {paired:.3f}")
+    print(
+        f"lr {lr:8.4f}  loss {losses.mean():.3f} +- {alone:.3f}   against the best {differences.mean():+.3f} +- {paired:.3f}"
+    )
 
 # %% [markdown]
 # ## The posterior
@@ -92,4 +94,6 @@ plt.show()
 # %%
 for lr, answer in sorted(finite):
     guess = forecast(answer.losses, horizon=10 * len(answer.losses))
-    print(f"lr {lr:8.4f}  last losses {np.mean(answer.losses[-5:]):.3f}   forecast {guess.value:.3f} +- {guess.stderr:.3f}")
+    print(
+        f"lr {lr:8.4f}  last losses {np.mean(answer.losses[-5:]):.3f}   forecast {guess.value:.3f} +- {guess.stderr:.3f}"
+    )

@@ -43,7 +43,9 @@ class GradNormCallback(Callback):
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._meter = GradNorms(trainer, self.norm, self.clipped)
-        self._folder = None if trainer.fast_dev_run or trainer.log_dir is None else os.path.join(trainer.log_dir, "autolr")
+        self._folder = (
+            None if trainer.fast_dev_run or trainer.log_dir is None else os.path.join(trainer.log_dir, "autolr")
+        )
 
     @override
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -93,7 +95,12 @@ class RefinedScheduleCallback(SearchCallback):
     """
 
     def __init__(
-        self, peak_lr: float | None = None, norm: Norm = "l2", smoothing: float = 0.1, every: float = 0.01, **options: Any
+        self,
+        peak_lr: float | None = None,
+        norm: Norm = "l2",
+        smoothing: float = 0.1,
+        every: float = 0.01,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         self.refined = OnlineRefined(peak_lr=peak_lr, norm=norm, smoothing=smoothing, every=every)

@@ -81,7 +81,9 @@ class RangeTestCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._folder = None if trainer.fast_dev_run or trainer.log_dir is None else os.path.join(trainer.log_dir, "autolr")
+        self._folder = (
+            None if trainer.fast_dev_run or trainer.log_dir is None else os.path.join(trainer.log_dir, "autolr")
+        )
 
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

@@ -494,8 +494,8 @@ class SearchCallback(Callback):
         new = set(_best_checkpoints(self._trainer)) - set(self._best_at.get(state, _best_checkpoints(self._trainer)))
         if new:
             rank_zero_warn(
-                f"{type(self).__name__} undoes a stage in which a checkpoint was saved as the best one: {', '.join(sorted(new))}. "
-                "The file stays, and holds weights that training does not go on from."
+                f"{type(self).__name__} undoes a stage in which a checkpoint was saved as the best one: "
+                f"{', '.join(sorted(new))}. The file stays, and holds weights that training does not go on from."
             )
         self._prober.resume_from(state)
         if state in self._kept_at:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
@@ -84,6 +85,7 @@ _TICKS = (
     (0.5, (1.0, 2.0, 5.0)),
     (0.0, (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)),
 )
+_WIDTH = 100  # characters of a line above a figure
 _ANNEALED = 1000  # an anneal to zero is shown down to this part of the largest learning rate
 
 
@@ -453,8 +455,10 @@ def stage_figure(search: Search) -> Figure:
     _log_axis(panels[-1], "x")
     panels[-1].set_xlabel("learning rate")
     top.set_ylabel(_score_name(search))
-    chosen = "" if search.train is None else f", chosen {search.train.lr:.3g}"
-    figure.suptitle(f"search at step {search.step:,}: {len(search.candidates)} candidates{chosen}", fontsize=9.5)
+    title = f"search at step {search.step:,}: {len(search.candidates)} candidates"
+    if search.train is not None:
+        title += f", chosen {search.train.lr:.3g}\n{textwrap.shorten(search.train.reason, _WIDTH, placeholder=' ...')}"
+    figure.suptitle(title.strip(), fontsize=9.5)
     _legend(
         figure,
         ("candidate ± error of the difference to the best" if errors else "candidate", _line("black", "o")),
@@ -491,7 +495,8 @@ def probes_figure(search: Search) -> Figure:
         axes.plot(first + np.arange(len(y)), y, color=color, linewidth=0.6, alpha=0.35)
         smooth = _running_mean(y, max(1, len(y) // 10))
         axes.plot(first + np.arange(len(y)), smooth, color=color, linewidth=1.6)
-        shown += [x for x in smooth if math.isfinite(x)]
+        if candidate.status is Status.OK or search.best is None:
+            shown += [x for x in smooth if math.isfinite(x)]
         longest = max(longest, len(y))
         evaluations = [(e.step, e.mean) for e in candidate.evaluations if math.isfinite(e.mean)]
         axes.plot(

@@ -145,7 +145,11 @@ class AutoLRS(AbstractSearch):
     def describe(self, run: Run) -> str:
         """The plan and its cost."""
         plan = self.plan(run.total_steps)
-        share = "" if run.total_steps is None else f", {plan.search_steps / run.total_steps:.0%} of the run's {run.total_steps}"
+        share = (
+            ""
+            if run.total_steps is None
+            else f", {plan.search_steps / run.total_steps:.0%} of the run's {run.total_steps}"
+        )
         looks = f"a look every {plan.stage_steps} steps" if self.ratchet else "no ratchet"
         end = "held to the end" if run.total_steps is None else f"the last {self.anneal_fraction:.0%} annealed to zero"
         return (
@@ -339,7 +343,9 @@ class _Tried:
         errors = {lr: paired(best, self.results[lr])[1] for lr in lrs if math.isfinite(self.results[lr].loss)}
         typical = float(np.median([e for lr, e in errors.items() if lr != self.best] or [0.0]))
         return [
-            Observation(lr, self.results[lr].loss, max(errors.get(lr) or typical, 1e-12) ** 2 if lr in errors else typical**2)
+            Observation(
+                lr, self.results[lr].loss, max(errors.get(lr) or typical, 1e-12) ** 2 if lr in errors else typical**2
+            )
             for lr in lrs
         ]
 

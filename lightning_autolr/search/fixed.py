@@ -36,8 +36,8 @@ class Fixed(AbstractSearch):
         if not schedule.is_resolved:
             if run.total_steps is None:
                 raise ValueError(
-                    f"Expected a run of known length for {schedule}, got one without end. Set `max_steps` or `max_epochs`, pass "
-                    "`total_steps=` to the callback, or give the schedule its own `num_steps`."
+                    f"Expected a run of known length for {schedule}, got one without end. Set `max_steps` or `max_epochs`, "
+                    "pass `total_steps=` to the callback, or give the schedule its own `num_steps`."
                 )
             schedule = schedule.stretched(run.total_steps)
         lr = 1.0 if schedule.absolute else self.peak_lr or run.lr

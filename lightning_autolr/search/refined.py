@@ -42,15 +42,15 @@ class OnlineRefined(AbstractSearch):
 
     def requests(self, run: Run) -> Requests:
         if run.total_steps is None:
-            raise ValueError("Expected a run of known length to refine a schedule for, got one without end. Set `max_steps`.")
+            raise ValueError(
+                "Expected a run of known length to refine a schedule for, got one without end. Set `max_steps`."
+            )
         peak, total = self.peak_lr or run.lr, run.total_steps
         piece = max(1, math.ceil(self.every * total))
         norms: list[float] = []
         factor: float | None = None
         while len(norms) < total:
-            plan = refine_online(
-                norms, total, previous=factor, norm=self.norm, smoothing=self.smoothing
-            )
+            plan = refine_online(norms, total, previous=factor, norm=self.norm, smoothing=self.smoothing)
             num_steps = min(piece, total - len(norms))
             answer = yield Train(
                 peak * plan.lr, num_steps, plan.shape, grad_norm=self.norm, stage=len(norms) // piece, label="refined"

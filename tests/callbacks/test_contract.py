@@ -39,7 +39,14 @@ CASES = {
     "autolrs, bounds unknown": row("AutoLRSCallback"),
     "autolrs, holdout": row("AutoLRSCallback", objective="holdout", num_candidates=3),
     "autolrs, published": row(
-        "AutoLRSCallback", tau=10, num_candidates=3, probe_fraction=0.3, min_lr=1e-3, max_lr=0.3, method="published", kappa=2.0
+        "AutoLRSCallback",
+        tau=10,
+        num_candidates=3,
+        probe_fraction=0.3,
+        min_lr=1e-3,
+        max_lr=0.3,
+        method="published",
+        kappa=2.0,
     ),
     "autolrs after autowu": row("AutoLRSCallback", warmup="autowu", min_lr=1e-3, num_candidates=3),
     "autowu": row("AutoWUCallback", min_lr=1e-3, test_every=4),
@@ -51,7 +58,9 @@ CASES = {
     "rex": Row(
         lambda: lightning_autolr.ScheduleCallback(Rex(), 0.1), "ScheduleCallback", {"schedule": "Rex", "peak_lr": 0.1}
     ),
-    "one cycle": Row(lambda: lightning_autolr.ScheduleCallback(OneCycle()), "ScheduleCallback", {"schedule": "OneCycle"}),
+    "one cycle": Row(
+        lambda: lightning_autolr.ScheduleCallback(OneCycle()), "ScheduleCallback", {"schedule": "OneCycle"}
+    ),
     "found": Row(
         lambda: lightning_autolr.ScheduleCallback(
             Tabulated((Segment(10, 0.1), Segment(10, 0.2, undone=True), Segment(100, 0.1, Cosine(), back_to=1)))
@@ -81,7 +90,9 @@ class Tiny(LightningModule):
         self.log("val_loss", self.training_step(batch, batch_idx), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.SGD([{"params": self.norm.parameters(), "lr": 0.01}, {"params": self.head.parameters()}], 0.1, 0.9)
+        return torch.optim.SGD(
+            [{"params": self.norm.parameters(), "lr": 0.01}, {"params": self.head.parameters()}], 0.1, 0.9
+        )
 
 
 class Ordered:
@@ -155,7 +166,7 @@ def test_fits(case: Row, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("settings", [{"accumulate_grad_batches": 2, "max_steps": 30}, {"precision": "bf16-mixed"}])
 def test_accumulates_and_runs_in_bf16(case: Row, settings: dict[str, Any], tmp_path: Path) -> None:
-    callback, module = fit(case, tmp_path, **settings)
+    _, module = fit(case, tmp_path, **settings)
     assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
 
 
@@ -189,7 +200,6 @@ def test_resumes_after_a_crash(case: Row, tmp_path: Path) -> None:
     if isinstance(whole, SearchCallback):
         assert resumed.schedule == whole.schedule
         assert resumed.summary["search_steps"] == whole.summary["search_steps"]
-
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from io import StringIO
@@ -368,6 +369,27 @@ def test_two_methods_from_the_command_line_at_equal_total_steps(tmp_path: Path) 
     assert content["methods"][0]["schedule_steps"] == 20
     assert "rex" in done.stdout
     assert (tmp_path / "there/comparison.html").exists()
+
+
+def running_in(folder: Path) -> list[str]:
+    """Command lines of processes that train in this folder."""
+    lines = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it may end while we look
+            lines.append(file.read_bytes().replace(b"\0", b" ").decode())
+    return [line for line in lines if str(folder) in line and " fit " in line]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+def test_kill_ends_the_runs_too(tmp_path: Path) -> None:
+    process = subprocess.Popen([*COMPARE, "--seeds=1", "--jobs=2", f"--out={tmp_path}", *SHORT], cwd=tmp_path)
+    deadline = time.monotonic() + 300
+    while len(running_in(tmp_path)) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert running_in(tmp_path) == []
 
 
 @pytest.mark.slow

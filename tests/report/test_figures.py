@@ -285,6 +285,7 @@ def test_probes_with_evaluations() -> None:
     axes, _ = probes_figure(candidates()).axes
     points = [x for x in axes.lines if x.get_marker() == "o" and len(x.get_xdata())]
     assert [(list(x.get_xdata()), list(x.get_ydata())) for x in points] == [([2], [3.0]), ([2], [1.0]), ([2], [1.5])]
+    assert axes.get_ylim()[1] < 10  # the loss of the one that diverged is 2e30
 
 
 def test_range_test_shows_every_climb_and_the_interval() -> None:
