@@ -117,8 +117,8 @@ class Search:
 
     @property
     def best(self) -> Candidate | None:
-        """The candidate of the lowest score; None when there is none that did not diverge."""
-        best = min(self.candidates, key=lambda c: c.score, default=None)
+        """The candidate of the lowest score (ties: of the lowest losses); None when there is none that did not diverge."""
+        best = min(self.candidates, key=lambda c: (c.score, c.forecast.tail if c.forecast else 0.0), default=None)
         return best if best is not None and math.isfinite(best.score) else None
 
 
