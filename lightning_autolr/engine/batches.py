@@ -194,9 +194,10 @@ def split(batch: Any, parts: int) -> list[Any]:
     leaves = list(_leaves(batch))
     sizes = {leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else 0 for leaf in leaves}
     size = sizes.pop() if len(sizes) == 1 else 0
-    if size < 2 or parts < 2:
+    parts = min(parts, size // 2)  # two samples at least: user code may squeeze a batch of one
+    if parts < 2:
         return [batch]
-    parts = next((n for n in range(parts, 2 * parts) if size % n == 0), min(parts, size))
+    parts = next((n for n in range(parts, 2 * parts) if size % n == 0 and size // n > 1), parts)
     edges = [round(i * size / parts) for i in range(parts + 1)]
     return [apply_to_collection(batch, Tensor, lambda t, a=a, b=b: t[a:b]) for a, b in itertools.pairwise(edges)]
 

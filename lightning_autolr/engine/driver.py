@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -162,10 +162,9 @@ class SearchCallback(Callback):
         if stage != "fit":
             return
         self._check_trainer(trainer, pl_module)
-        # LearningRateMonitor reads the optimizer when a batch starts: it must do so after us.
-        callbacks = trainer.callbacks
-        monitors = [c for c in callbacks if isinstance(c, LearningRateMonitor)]
-        trainer.callbacks = _moved_behind(callbacks, monitors, self)
+        # First in line: LearningRateMonitor reads the optimizer when a batch starts, and whoever saves a checkpoint when it
+        # ends must find that step counted.
+        trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]
 
     @override
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -635,12 +634,3 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def _best_checkpoints(trainer: Any) -> list[str]:
     monitored = [c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None) is not None]
     return [path for c in monitored if (path := getattr(c, "best_model_path", ""))]
-
-
-def _moved_behind(callbacks: list[Callback], late: list[Any], first: Callback) -> list[Callback]:
-    """The callbacks with those in ``late`` that stand before ``first`` moved right behind it."""
-    position = callbacks.index(first)
-    early = [c for c in late if callbacks.index(c) < position]
-    rest = [c for c in callbacks if c not in early]
-    at = rest.index(first) + 1
-    return [*rest[:at], *early, *rest[at:]]
