@@ -96,8 +96,7 @@ class WarmupRange:
         lr: learning rate at the estimated minimum of the loss.
         bounds: a tenth of it, and the largest learning rate reached: where a search may go on.
         num_steps: optimizer steps made.
-        outcome: the minimum was passed; the loss ran away before, and the last good state was restored; or neither
-            happened within the steps allowed.
+        outcome: the minimum was passed; the loss ran away before; or neither happened within the steps allowed.
         ceiling: a training loss above this has run away; inf without ``guard``.
         reason: one sentence for the user.
     """
@@ -161,17 +160,24 @@ class AutoWU(AbstractSearch):
     For at most :math:`W = \lfloor` ``max_warmup_fraction`` :math:`\cdot\, T \rfloor` of the run's T steps the learning
     rate grows, :math:`\eta_t = \eta_{min} (\eta_{max} / \eta_{min})^{t / W}`, or linearly. Every ``test_every`` steps
     :class:`~lightning_autolr.core.minimum.PastMinimum` is asked whether the training loss has passed its minimum. After
-    ``patience`` times yes in a row the learning rate goes back to what it was at the minimum, the mean over the draws of
-    the last test, and ``decay`` begins. The search asks for real training only: no step is private.
+    ``patience`` times yes in a row the run goes back to the state whose smoothed loss was lowest, and the learning rate
+    to what it was at the minimum, the mean over the draws of the last test. There ``decay`` begins. The search asks for
+    real training only: no step is private, and those that were undone count.
 
     **Cost**: a test takes a few tenths of a second, whatever the length of the run; there are 20 of them, or one an
-    epoch if that is more (100 at most). **Memory**: one kept state during the warm-up, none with ``guard=None``.
+    epoch if that is more (100 at most). **Memory**: one kept state until the decay is under way, none with
+    ``guard=None``.
 
-    Differs from the published code, unless ``compat``: the test is scale-free, see
-    :class:`~lightning_autolr.core.minimum.PastMinimum`; it is made several times an epoch where epochs are few; a loss
-    that runs away ends the warm-up at once, from the last good state; without a minimum by step W, training goes on from
-    the lowest loss's learning rate and not from the one reached; the decay starts at its step 0 and not 1; parameter
-    groups keep their ratios.
+    Differs from the published code, unless ``compat``:
+
+    - The test is scale-free, see :class:`~lightning_autolr.core.minimum.PastMinimum`, and made several times an epoch
+      where epochs are few.
+    - The state goes back too, and not the learning rate alone: the steps since the minimum were made at rates that
+      hurt, and a network with dead units does not recover when the rate does.
+    - A loss that runs away ends the warm-up at once. So does one in the first ``patience`` test intervals of the decay:
+      they are made again at half the rate.
+    - Without a minimum by step W, training goes on from the lowest loss's learning rate and not from the one reached.
+    - The decay starts at its step 0 and not 1, and parameter groups keep their ratios.
 
     Args:
         min_lr: where the learning rate starts, > 0.
@@ -191,9 +197,9 @@ class AutoWU(AbstractSearch):
             (0, 1]; 1 holds it.
         plateau_patience: see there, >= 0.
         guard: the smoothed training loss has run away when it is above ``guard`` times its lowest value, > 1 (and above
-            the middle between its first and its lowest value); None trains on whatever happens.
+            the middle between its first and its lowest value); None keeps and restores no state, whatever happens.
         seed: of the draws.
-        compat: the published rules, and neither guard nor restore.
+        compat: the published rules, without a guard.
 
     Raises:
         ValueError: options out of range; from :meth:`requests`, a run of unknown length.
@@ -265,7 +271,7 @@ class AutoWU(AbstractSearch):
     def warmup(self, run: Run) -> Generator[Request, Any, WarmupRange]:
         """The warm-up alone, for searches that go on themselves: ``found = yield from AutoWU().warmup(run)``.
 
-        When it returns, the run is in a good state and nothing is kept.
+        When it returns, the run is in the state of the lowest loss (unless ``guard`` is None) and nothing is kept.
         """
         most, interval = self._warmup_steps(run), self._interval(run)
         watch = None if self._guard is None else _Watch(self._guard, max(_FEW, interval))
@@ -310,15 +316,16 @@ class AutoWU(AbstractSearch):
         diverged = watch is not None and watch.ran_away
         if diverged:
             lr = min(lr, self.lr_at(kept_at, most))
-            reason = f"The training loss ran away by step {len(losses)}: back to the state of step {kept_at}."
+            reason = f"The training loss ran away by step {len(losses)}: back to step {kept_at}."
         elif passed:
-            reason = f"The training loss passed its minimum before step {len(losses)}: back to the learning rate there."
+            reason = f"The training loss passed its minimum before step {len(losses)}: back to it."
         else:
             reason = f"The training loss had not passed a minimum by step {len(losses)}, where the warm-up must end."
         made = len(losses)
         if kept is not None:
-            # a step that brings the good state back, or at least gives it up
-            start = kept if diverged else None
+            # a step that brings back the state of the lowest loss, or at least gives it up
+            risen = diverged or (regression is not None and regression.past)
+            start = kept if risen else None
             answer = yield Train(lr, 1, start=start, stage=1, label="warm-up", reason=reason, release=(kept,))
             made += len(answer.losses)
         return WarmupRange(

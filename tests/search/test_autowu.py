@@ -254,7 +254,17 @@ def test_a_loss_that_runs_away_goes_back_to_its_lowest_point(script: Any) -> Non
     back = record[number][0]
     assert back.start == record[4][1].start
     assert back.lr == pytest.approx(1e-5 * 1e5 ** (200 / 500))  # no higher than where that state was
-    assert "back to the state of step 200" in back.reason
+    assert "back to step 200" in back.reason
+
+
+@pytest.mark.parametrize(("verdicts", "goes_back"), [("yyy", True), ("nnnnnnnnny", True), ("nnnnnnnnnn", False)])
+def test_the_state_goes_back_when_the_loss_has_risen(verdicts: str, goes_back: bool, script: Any) -> None:
+    script([v == "y" for v in verdicts])
+    rising = run(AutoWU(test_every=50).requests(THOUSAND), lambda step, lr: 1 + abs(step - 75) / 1000)
+    kept = rising[2][1].start  # before step 100, as the mean over 50 losses is then lowest
+    last = next(t for t, _ in rising if t.stage == 1)
+    assert last.start == (kept if goes_back else None)
+    assert last.release == (kept,)
 
 
 @pytest.mark.parametrize(("shift", "scale"), [(0, 1), (-100, 1), (0, 1e-3), (0, 1e3)])
