@@ -116,6 +116,7 @@ def resolve(config: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
             AutoLRCLI(["fit", "--config", config, *overrides, "--print_config"])
     except SystemExit as end:
         if end.code:
+            print(f"The configuration was {config}.", file=sys.stderr)
             raise
     values: dict[str, Any] = yaml.safe_load(printed.getvalue())
     return values

@@ -220,7 +220,9 @@ def test_resolving_a_bad_configuration_fails(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as end:
         cli.resolve(str(CONFIGS / "digits/rex.yaml"), ["--trainer.max_steps=few"])
     assert end.value.code == 2
-    assert "max_steps" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "max_steps" in error
+    assert "digits/rex.yaml" in error
 
 
 @pytest.mark.parametrize(

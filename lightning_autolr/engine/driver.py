@@ -37,6 +37,7 @@ from lightning_autolr.core.requests import (
     encode,
 )
 from lightning_autolr.engine import compat
+from lightning_autolr.engine.checks import check_choice, check_trainer, facts_of, known_total
 from lightning_autolr.engine.figure_log import FigureLog, log_account, options_of
 from lightning_autolr.engine.files import Place
 from lightning_autolr.engine.grad_norms import GradNorms
@@ -47,13 +48,12 @@ from lightning_autolr.engine.progress import Progress
 from lightning_autolr.engine.ranks import decide, gather, mean_over_ranks, strategy_is_distributed
 from lightning_autolr.engine.state import RandomState
 from lightning_autolr.engine.steps import steps_per_batch
-from lightning_autolr.report.trace import Entry, Record, read_leftover, summary_of
+from lightning_autolr.report.trace import Entry, Record, account_of, read_leftover, summary_of
 from lightning_autolr.schedules import Segment
 from lightning_autolr.search.base import AbstractSearch, ReplayError, replay
 
 __all__ = ["SearchCallback"]
 
-_TESTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
 _LOOK_EVERY = 10  # real steps between looks at the training loss, when somebody wants to know whether it diverges
 
 
@@ -116,10 +116,10 @@ class SearchCallback(Callback):
         figures: bool = True,
         seed: int = 0,
     ) -> None:
-        _check_choice("objective", objective, ("validation", "holdout", "train"))
-        _check_choice("mode", mode, ("min", "max"))
-        _check_choice("fork", fork, ("device", "cpu", "disk"))
-        _check_choice("on_scheduler", on_scheduler, ("override", "multiply", "error"))
+        check_choice("objective", objective, ("validation", "holdout", "train"))
+        check_choice("mode", mode, ("min", "max"))
+        check_choice("fork", fork, ("device", "cpu", "disk"))
+        check_choice("on_scheduler", on_scheduler, ("override", "multiply", "error"))
         if eval_batches is not None and eval_batches < 1:
             raise ValueError(f"Expected eval_batches >= 1 or None, got {eval_batches=}.")
         if total_steps != "auto" and not (isinstance(total_steps, int) and total_steps >= 1):
@@ -161,7 +161,8 @@ class SearchCallback(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit":
             return
-        self._check_trainer(trainer, pl_module)
+        if self.searches:
+            check_trainer(trainer, pl_module, self.objective, self.allow_untested)
         # First in line: LearningRateMonitor reads the optimizer when a batch starts, and whoever saves a checkpoint when it
         # ends must find that step counted.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]
@@ -286,7 +287,7 @@ class SearchCallback(Callback):
         self._record.write_summary(self.summary)
         self._record.finish()
         if self.searches:
-            rank_zero_info(self._account())
+            rank_zero_info(f"{type(self).__name__}: {account_of(self.summary, self._record.folder)}")
         self._log_end()
         self._lr.close()
 
@@ -372,7 +373,7 @@ class SearchCallback(Callback):
 
     def _start_search(self) -> None:
         """Begin the search on rank 0, or bring it to where the trace ends."""
-        run = self._run()
+        run = facts_of(self._trainer, self._lr.reference, self.total_steps, self.count_search)
         if self._trainer.is_global_zero:
             search = self.make_search(run)
             if plan := search.describe(run):
@@ -389,30 +390,6 @@ class SearchCallback(Callback):
                 self._active.train = self._request
         if self._active is not None and not self.searches:
             self._active.train = decide(self._trainer.strategy, self._active.train)
-
-    def _run(self) -> Run:
-        trainer = self._trainer
-        batches = trainer.num_training_batches
-        return Run(
-            total_steps=self._known_total(),
-            lr=self._lr.reference,
-            has_validation=bool(trainer.enable_validation),
-            steps_per_epoch=None if batches == math.inf else math.ceil(batches / steps_per_batch(trainer)),
-            count_search=self.count_search,
-        )
-
-    def _known_total(self) -> int | None:
-        if self.total_steps != "auto":
-            return int(self.total_steps)
-        trainer = self._trainer
-        try:
-            total = trainer.estimated_stepping_batches
-        except MisconfigurationException:  # an accumulation that changes during the run
-            return None
-        if not trainer.lightning_module.automatic_optimization and trainer.max_steps != -1:
-            # Lightning counts the steps of each optimizer; we count batches
-            total = min(total, math.ceil(trainer.max_steps / len(trainer.optimizers)))
-        return None if total == math.inf else int(total)
 
     def _next_segment(self) -> None:
         """Answer probes until the search asks for real training, and begin it."""
@@ -510,7 +487,7 @@ class SearchCallback(Callback):
         self._finish(active, status)
 
     def _budget_is_used_up(self, active: _Active) -> bool:
-        total = self._known_total()
+        total = known_total(self._trainer, self.total_steps)
         trained = sum(s.num_steps for s in self._record.segments) + active.steps_done
         return total is not None and trained + self._prober.cost.steps >= total
 
@@ -585,50 +562,6 @@ class SearchCallback(Callback):
             names = ("schedule_steps", "search_steps", "undone_steps", "search_seconds")
             metrics = {f"autolr/{name}": float(self.summary[name]) for name in names}
             log_account(trainer.loggers, options_of(self), metrics, None if score is None else float(score), step)
-
-    def _account(self) -> str:
-        summary = self.summary
-        made = summary["schedule_steps"] + summary["undone_steps"]
-        lrs = ", ".join(f"{lr:.2e}" for lr in summary["learning_rates"][:12])
-        more = "" if len(summary["learning_rates"]) <= 12 else f" and {len(summary['learning_rates']) - 12} more"
-        where = f" It lies in {self._record.folder}." if self._record.folder else ""
-        undone = f", of which {summary['undone_steps']} were undone" if summary["undone_steps"] else ""
-        return (
-            f"{type(self).__name__}: {made} steps trained{undone}; {summary['probe_steps']} private steps of search "
-            f"({summary['probe_steps'] / max(1, made):.0%}), {summary['eval_batches']} evaluation batches, "
-            f"{summary['search_seconds']:.1f} s in search. Learning rates: {lrs}{more}.{where}"
-        )
-
-    def _check_trainer(self, trainer: Any, pl_module: Any) -> None:
-        if not self.searches:
-            return
-        kind = type(trainer.strategy)
-        if not self.allow_untested and not any(c.__name__ in _TESTED_STRATEGIES for c in kind.__mro__):
-            raise MisconfigurationException(
-                f"Expected a strategy out of {_TESTED_STRATEGIES}, got {kind.__name__}, whose training state lies where we "
-                "cannot copy it faithfully. Choose one of these, or pass `allow_untested=True` and compare with a run "
-                "without search."
-            )
-        if compat.has_comm_hook(trainer.strategy):
-            raise MisconfigurationException(
-                "Expected DistributedDataParallel without a communication hook, got one: its state cannot be put back."
-            )
-        if self.objective == "validation" and not trainer.enable_validation:
-            raise MisconfigurationException(
-                "Expected a `validation_step`, a validation dataloader and `limit_val_batches > 0` for "
-                "`objective='validation'`, got none. Add them, or pass `objective='holdout'` (training batches held out from "
-                "the probes) or 'train'."
-            )
-        if self.objective == "holdout" and not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                "Expected automatic optimization for `objective='holdout'`, got a manual one, whose `training_step` cannot be "
-                "evaluated without a step. Use `objective='validation'`."
-            )
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"Expected {name} to be one of {choices}, got {value!r}.")
 
 
 def _best_checkpoints(trainer: Any) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from lightning_autolr.core.requests import Answer, Request, decode, encode
 from lightning_autolr.schedules import Segment, Tabulated
 
-__all__ = ["Entry", "Record", "read_leftover", "read_trace", "summary_of"]
+__all__ = ["Entry", "Record", "account_of", "read_leftover", "read_trace", "summary_of"]
 
 _LEFTOVER = "leftover.jsonl"
 
@@ -147,3 +147,17 @@ def summary_of(segments: list[Segment], cost: Any) -> dict[str, Any]:
         "learning_rates": [s.lr for s in kept],
         "cost": asdict(cost),
     }
+
+
+def account_of(summary: dict[str, Any], folder: str | None = None) -> str:
+    """The account in one sentence or two."""
+    made = summary["schedule_steps"] + summary["undone_steps"]
+    undone = f", of which {summary['undone_steps']} were undone" if summary["undone_steps"] else ""
+    lrs = ", ".join(f"{lr:.2e}" for lr in summary["learning_rates"][:12])
+    more = "" if len(summary["learning_rates"]) <= 12 else f" and {len(summary['learning_rates']) - 12} more"
+    where = f" It lies in {folder}." if folder else ""
+    return (
+        f"{made} steps trained{undone}; {summary['probe_steps']} private steps of search "
+        f"({summary['probe_steps'] / max(1, made):.0%}), {summary['eval_batches']} evaluation batches, "
+        f"{summary['search_seconds']:.1f} s in search. Learning rates: {lrs}{more}.{where}"
+    )

@@ -201,6 +201,7 @@ class AutoLRS(AbstractSearch):
     def _train(self, run: Run, plan: Plan, tried: _Tried) -> Requests:
         best_lr, reason = tried.choose(run.lr)
         peak = max(best_lr / self.caution, self.min_lr or 0.0)
+        reason += f" {best_lr:.3g}, divided by {self.caution:g} since a run is longer than a probe."
         total = run.total_steps
         if total is not None and run.count_search:
             total = max(1, total - tried.num_steps)
@@ -319,17 +320,17 @@ class _Tried:
         """The peak, and why."""
         if not any(math.isfinite(r.loss) for r in self.results.values()):
             lowest = min(self.results, default=self.clip(configured) * 10)
-            return lowest / 10, f"All {len(self.results)} candidates diverged: a tenth of the lowest."
+            return lowest / 10, f"All {len(self.results)} candidates diverged; a tenth of the lowest:"
         best = self.best
         bracket = self._bracket()
         if bracket is None:
-            return best, f"The best of {len(self.results)} candidates."
+            return best, f"The best of {len(self.results)} candidates:"
         lrs = [float(x) for x in np.geomspace(bracket[0], bracket[-1], 101)]
         try:
             mean = posterior(self._observations(bracket), (bracket[0], bracket[-1]), lrs).mean
         except FitError as error:
-            return best, f"The best of {len(self.results)} candidates; {error}"
-        return lrs[int(np.argmin(mean))], f"The minimum expected from {len(self.results)} candidates."
+            return best, f"The best of {len(self.results)} candidates, as the surrogate failed ({error}):"
+        return lrs[int(np.argmin(mean))], f"The minimum expected from {len(self.results)} candidates:"
 
     def _bracket(self) -> list[float] | None:
         """The best candidate with its neighbours; None when it has not got two."""
@@ -338,16 +339,12 @@ class _Tried:
         return lrs[i - 1 : i + 2] if 0 < i < len(lrs) - 1 else None
 
     def _observations(self, lrs: Sequence[float]) -> list[Observation]:
-        """Scores with the noise of their paired differences to the best one."""
+        """Scores with the noise of their paired differences to the best one, whose own is next to nothing."""
         best = self.results[self.best]
         errors = {lr: paired(best, self.results[lr])[1] for lr in lrs if math.isfinite(self.results[lr].loss)}
-        typical = float(np.median([e for lr, e in errors.items() if lr != self.best] or [0.0]))
-        return [
-            Observation(
-                lr, self.results[lr].loss, max(errors.get(lr) or typical, 1e-12) ** 2 if lr in errors else typical**2
-            )
-            for lr in lrs
-        ]
+        typical = max(float(np.median([e for lr, e in errors.items() if lr != self.best] or [0.0])), 1e-9)
+        errors[self.best] = 0.1 * typical
+        return [Observation(lr, self.results[lr].loss, max(errors.get(lr, typical), 1e-9) ** 2) for lr in lrs]
 
 
 def paired(before: ProbeResult, after: ProbeResult) -> tuple[float, float]:
