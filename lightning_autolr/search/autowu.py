@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import deque
 from collections.abc import Generator, Sequence
@@ -13,10 +12,12 @@ import numpy as np
 
 from lightning_autolr.core.minimum import PastMinimum, Regression
 from lightning_autolr.core.requests import Request, Requests, Run, Status, Train, TrainResult
-from lightning_autolr.schedules import Constant, Cosine, Exponential, Joined, Points, Profile, Schedule
+from lightning_autolr.schedules import Constant, Cosine, Exponential, Joined, Points, Profile, Schedule, Shifted
 from lightning_autolr.search.base import AbstractSearch
 
-__all__ = ["Ahead", "AutoWU", "HalfCosine", "WarmupRange"]
+__all__ = ["AutoWU", "HalfCosine", "WarmupRange"]
+
+Ahead = Shifted  # its former name
 
 _FEW = 10  # losses below which nothing is concluded from them
 _MOST_TESTS = 100
@@ -38,54 +39,6 @@ class HalfCosine(Profile):
 
     def profile(self, s: float) -> float:
         return 0.5 * (1.0 + math.cos(0.5 * math.pi * (1.0 + s)))
-
-
-@dataclass(frozen=True)
-class Ahead(Schedule):
-    """Another schedule, begun some steps after its start.
-
-    Args:
-        schedule: any schedule.
-        num_steps: how many of its steps are left out, >= 0.
-
-    >>> [Ahead(Points((1.0, 0.5, 0.0), num_steps=4), 1)(step) for step in range(4)]
-    [0.75, 0.5, 0.25, 0.0]
-    """
-
-    schedule: Schedule
-    num_steps: int
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 0:
-            raise ValueError(f"Expected num_steps >= 0, got {self.num_steps=}.")
-
-    @property
-    def absolute(self) -> bool:
-        return self.schedule.absolute
-
-    @property
-    def length(self) -> int | None:
-        length = self.schedule.length
-        return None if length is None else max(length - self.num_steps, 0)
-
-    @property
-    def is_resolved(self) -> bool:
-        return self.schedule.is_resolved
-
-    def stretched(self, num_steps: int) -> Ahead:
-        """Whole and left-out part in proportion; an open schedule spans ``num_steps`` with the left-out part."""
-        length = self.length
-        if not length:
-            return dataclasses.replace(self, schedule=self.schedule.stretched(num_steps))
-        left_out = round(self.num_steps * num_steps / length)
-        return Ahead(self.schedule.stretched(num_steps + left_out), left_out)
-
-    def __call__(self, step: float) -> float:
-        return self.schedule(step + self.num_steps)
-
-    def momentum_schedule(self) -> Schedule | None:
-        momentum = self.schedule.momentum_schedule()
-        return None if momentum is None else Ahead(momentum, self.num_steps)
 
 
 @dataclass(frozen=True)
@@ -386,7 +339,7 @@ class AutoWU(AbstractSearch):
                     lr, bad = lr * self.plateau_factor, 0
         if left > 0:
             shape = self._shape(total, left + offset)
-            shape = Ahead(shape, offset) if offset else shape
+            shape = Shifted(shape, offset) if offset else shape
             yield Train(
                 lr=lr,
                 num_steps=None,
@@ -434,9 +387,9 @@ class AutoWU(AbstractSearch):
     def _shape(self, total: int, left: int) -> Schedule:
         """What the learning rate found is multiplied with in the last ``left`` steps."""
         hold = self._hold_steps(total, left)
-        decay = Ahead(self.decay, 1) if self.compat else self.decay
-        if not decay.is_resolved:
-            decay = decay.stretched(left - hold)
+        decay = self.decay if self.decay.is_resolved else self.decay.stretched(left - hold)
+        if self.compat:
+            decay = Shifted(decay, 1)
         return Joined((Constant(), decay), (hold,)) if hold else decay
 
 
