@@ -252,8 +252,8 @@ def test_preview_shows_schedules_and_says_what_cannot_be_shown(
     files = [str(CONFIGS / f"digits/{name}.yaml") for name in ("linear", "constant", "autolrs")]
     assert cli.main(["preview", *files, "--", "--trainer.max_steps=400"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"linear +0: 0.05  100: 0.0375  200: 0.025  300: 0.0125  400: 0\n", printed)
-    assert re.search(r"constant +0: 0.05 .* 400: 0.05\n", printed)
+    assert re.search(r"linear +0: 0.1  100: 0.075  200: 0.05  300: 0.025  400: 0\n", printed)
+    assert re.search(r"constant +0: 0.1 .* 400: 0.1\n", printed)
     assert "autolrs: no ScheduleCallback" in printed
     assert (tmp_path / "preview.png").read_bytes().startswith(b"\x89PNG")
     assert cli.main(["preview", files[2]]) == 1

@@ -12,36 +12,28 @@ __all__ = ["ByteTransformer", "ConvNet", "MLPMixer", "ResNet18", "VisionTransfor
 
 
 class ConvNet(nn.Sequential):
-    """Blocks of 3x3 convolution, optional batch normalisation, ReLU and 2x2 max-pooling, then one linear layer.
+    """Blocks of 3x3 convolution, optional batch normalisation, ReLU and 2x2 max-pooling, then means and one linear layer.
 
     Args:
-        image_size: height and width of the images, pixels; at least ``2 ** len(widths)``.
         in_channels: colour channels.
         num_classes: outputs.
-        widths: channels of each block.
+        widths: channels of each block. Images are at least ``2 ** len(widths)`` pixels high and wide.
         batch_norm: normalise after each convolution.
 
-    >>> ConvNet(image_size=8, widths=(4, 8))(torch.zeros(5, 1, 8, 8)).shape
+    >>> ConvNet(widths=(4, 8))(torch.zeros(5, 1, 8, 8)).shape
     torch.Size([5, 10])
     """
 
     def __init__(
-        self,
-        image_size: int,
-        in_channels: int = 1,
-        num_classes: int = 10,
-        widths: Sequence[int] = (16, 32),
-        batch_norm: bool = False,
+        self, in_channels: int = 1, num_classes: int = 10, widths: Sequence[int] = (32, 64), batch_norm: bool = False
     ) -> None:
-        if image_size < 2 ** len(widths):
-            raise ValueError(f"Expected image_size >= 2 ** len(widths) = {2 ** len(widths)}, got {image_size=}.")
         layers: list[nn.Module] = []
         for channels, width in zip((in_channels, *widths), widths, strict=False):
             layers.append(nn.Conv2d(channels, width, 3, padding=1, bias=not batch_norm))
             layers += [nn.BatchNorm2d(width)] if batch_norm else []
             layers += [nn.ReLU(), nn.MaxPool2d(2)]
-        side = image_size // 2 ** len(widths)
-        super().__init__(*layers, nn.Flatten(), nn.Linear(widths[-1] * side**2, num_classes))
+        # Means over the picture, since a linear layer on all its pixels allows small learning rates only.
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
 
 
 class ResNet18(nn.Module):
