@@ -76,12 +76,10 @@ SGD_GRID = (0.01, 0.03, 0.1, 0.3, 1.0)
 ADAM_GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 TASKS = {
-    "digits": Task(lambda: ConvNet(8, widths=(16, 32)), DigitsData, SGD, SGD_GRID, 2000),
-    "noisy digits": Task(
-        lambda: ConvNet(8, widths=(16, 32)), lambda: DigitsData(label_noise=0.1), AdamW, ADAM_GRID, 2000
-    ),
+    "digits": Task(lambda: ConvNet(widths=(16, 32)), DigitsData, SGD, SGD_GRID, 2000),
+    "noisy digits": Task(lambda: ConvNet(widths=(16, 32)), lambda: DigitsData(label_noise=0.1), AdamW, ADAM_GRID, 2000),
     "fashion": Task(
-        lambda: ConvNet(28, widths=(16, 32), batch_norm=True),
+        lambda: ConvNet(widths=(16, 32), batch_norm=True),
         lambda: FashionMNISTData(num_train=10_000),
         SGD,
         SGD_GRID,

@@ -36,7 +36,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 # %%
 seed_everything(0, verbose=False)
-model = ClassificationTask(ConvNet(8), optimizer=lambda p: torch.optim.SGD(p, momentum=0.9))
+model = ClassificationTask(ConvNet(), optimizer=lambda p: torch.optim.SGD(p, momentum=0.9))
 callback = AutoLRSCallback()
 trainer = Trainer(
     max_steps=MAX_STEPS,
@@ -82,7 +82,7 @@ from lightning_autolr import ScheduleCallback
 from lightning_autolr.schedules import Tabulated
 
 seed_everything(0, verbose=False)
-again = ClassificationTask(ConvNet(8), optimizer=lambda p: torch.optim.SGD(p, momentum=0.9))
+again = ClassificationTask(ConvNet(), optimizer=lambda p: torch.optim.SGD(p, momentum=0.9))
 Trainer(
     max_steps=MAX_STEPS,
     callbacks=[ScheduleCallback(Tabulated.from_file(f"{trainer.log_dir}/autolr/schedule.json"))],

@@ -34,7 +34,7 @@ warnings.filterwarnings("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 seed_everything(0, verbose=False)
-model = ClassificationTask(ConvNet(8), optimizer=lambda p: torch.optim.SGD(p, momentum=0.9))
+model = ClassificationTask(ConvNet(), optimizer=lambda p: torch.optim.SGD(p, momentum=0.9))
 callback = AutoLRSCallback()
 Trainer(
     max_steps=MAX_STEPS,

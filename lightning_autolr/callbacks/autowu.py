@@ -32,7 +32,10 @@ class AutoWUCallback(SearchCallback):
         decay: shape after the warm-up; None is a cosine to zero.
         immediate_cooldown: decay at once, or hold until ``cooldown_fraction`` of the run is left.
         cooldown_fraction: see ``immediate_cooldown``.
-        guard: the warm-up ends at once when the smoothed loss is this many times its lowest; None: never.
+        plateau_factor: factor on a held learning rate when the loss does not fall any more; 1 holds it.
+        plateau_patience: epochs to wait before that.
+        guard: the warm-up ends at once when the smoothed loss is this many times its lowest. None: never, and no state is kept:
+            the learning rate goes back at the end of the warm-up, the weights do not.
         compat: the published rules, with their raw units and without the guard.
         options: see :class:`~lightning_autolr.engine.driver.SearchCallback`.
 
@@ -54,6 +57,8 @@ class AutoWUCallback(SearchCallback):
         decay: Schedule | None = None,
         immediate_cooldown: bool = True,
         cooldown_fraction: float = 0.2,
+        plateau_factor: float = 1.0,
+        plateau_patience: int = 5,
         guard: float | None = 4.0,
         compat: bool = False,
         **options: Any,
@@ -72,6 +77,8 @@ class AutoWUCallback(SearchCallback):
             decay=Cosine() if decay is None else decay,
             immediate_cooldown=immediate_cooldown,
             cooldown_fraction=cooldown_fraction,
+            plateau_factor=plateau_factor,
+            plateau_patience=plateau_patience,
             guard=guard,
             seed=self.probe_options.seed,
             compat=compat,

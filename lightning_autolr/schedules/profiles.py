@@ -286,3 +286,20 @@ def as_momentum(momentum: tuple[float, float]) -> tuple[float, float]:
     if not 0.0 <= low <= high < 1.0:
         raise ValueError(f"Expected momentum=(low, high) with 0 <= low <= high < 1, got momentum={momentum!r}.")
     return low, high
+
+
+@dataclass(frozen=True)
+class HalfCosine(Profile):
+    r"""The second half of a half cosine, :math:`p(s) = \frac{1}{2} (1 + \cos \frac{\pi}{2} (1 + s))`: from 1/2 to 0.
+
+    Args:
+        num_steps: optimizer steps of the run, or None to fill them in later.
+
+    >>> [round(HalfCosine(num_steps=4)(step), 6) for step in range(5)]
+    [0.5, 0.308658, 0.146447, 0.03806, 0.0]
+
+    References: ``cooldown_type="half_cosine"`` of AutoWU's published code. It halves the learning rate at once.
+    """
+
+    def profile(self, s: float) -> float:
+        return 0.5 * (1.0 + math.cos(0.5 * math.pi * (1.0 + s)))

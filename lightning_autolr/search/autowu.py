@@ -12,33 +12,15 @@ import numpy as np
 
 from lightning_autolr.core.minimum import PastMinimum, Regression
 from lightning_autolr.core.requests import Request, Requests, Run, Status, Train, TrainResult
-from lightning_autolr.schedules import Constant, Cosine, Exponential, Joined, Points, Profile, Schedule, Shifted
+from lightning_autolr.schedules import Constant, Cosine, Exponential, Joined, Points, Schedule, Shifted
 from lightning_autolr.search.base import AbstractSearch
 
-__all__ = ["AutoWU", "HalfCosine", "WarmupRange"]
+__all__ = ["AutoWU", "WarmupRange"]
 
-Ahead = Shifted  # its former name
 
 _FEW = 10  # losses below which nothing is concluded from them
 _MOST_TESTS = 100
 _RESTARTS = 10
-
-
-@dataclass(frozen=True)
-class HalfCosine(Profile):
-    r"""The second half of a half cosine, :math:`p(s) = \frac{1}{2} (1 + \cos \frac{\pi}{2} (1 + s))`: from 1/2 to 0.
-
-    Args:
-        num_steps: optimizer steps of the run, or None to fill them in later.
-
-    >>> [round(HalfCosine(num_steps=4)(step), 6) for step in range(5)]
-    [0.5, 0.308658, 0.146447, 0.03806, 0.0]
-
-    References: ``cooldown_type="half_cosine"`` of AutoWU's published code. It halves the learning rate at once.
-    """
-
-    def profile(self, s: float) -> float:
-        return 0.5 * (1.0 + math.cos(0.5 * math.pi * (1.0 + s)))
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,8 @@ from lightning_autolr.report.inspect import (
     searches_of,
 )
 from lightning_autolr.report.trace import Entry
-from lightning_autolr.schedules import Points, Segment, Tabulated
+from lightning_autolr.schedules import Points, Segment, Shifted, Tabulated
 from lightning_autolr.search import published
-from lightning_autolr.search.autowu import Ahead
 from lightning_autolr.search.beam import BeamSearch
 from lightning_autolr.search.factors import FactorSearch
 from lightning_autolr.search.range_test import RangeTest
@@ -246,7 +245,7 @@ def test_a_trace_that_a_crash_cut_short(tmp_path: Path) -> None:
 
 
 def test_a_trace_of_autowu_can_be_read(tmp_path: Path) -> None:
-    shape = Ahead(Points((1.0, 0.5, 0.0), num_steps=4), 1)
+    shape = Shifted(Points((1.0, 0.5, 0.0), num_steps=4), 1)
     pairs = [(Train(0.1, 3, shape=shape), TrainResult((1.0, 1.0, 1.0)))]
     trace, segments = entries_of(pairs), segments_of(pairs)
     assert inspect_run(write(tmp_path, trace, segments)).trace == tuple(trace)

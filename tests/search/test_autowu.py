@@ -12,9 +12,9 @@ import pytest
 from benchmarks.autowu_switch import CURVES, drive, position
 from lightning_autolr.core.minimum import Hyperparameters, Regression
 from lightning_autolr.core.requests import Answer, Request, Requests, Run, Status, Train, TrainResult, decode, encode
-from lightning_autolr.schedules import Constant, Cosine, Linear, OneCycle, Rex
+from lightning_autolr.schedules import Constant, Cosine, HalfCosine, Linear, OneCycle, Rex
 from lightning_autolr.search import autowu
-from lightning_autolr.search.autowu import AutoWU, HalfCosine, WarmupRange
+from lightning_autolr.search.autowu import AutoWU, WarmupRange
 from lightning_autolr.search.base import AbstractSearch, ReplayError, replay
 from tests.toy import run_toy
 from tests.zoo import Quadratic, noisy_quadratic
