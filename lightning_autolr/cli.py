@@ -91,8 +91,10 @@ def _report(folder: Path, metrics: dict[str, float], steps: int, seconds: float)
     }
     (folder / "result.json").write_text(json.dumps(result, indent=2))
     files = {"schedule": found / "schedule.json", "picture": found / "schedule.png", "trace": found / "trace.jsonl"}
-    searched = f" and {result['search_steps']} in search" if result["search_steps"] else ""
-    print(f"\n{result['schedule_steps']} steps of training{searched}, in {seconds:.0f} s.")
+    undone, private = summary.get("undone_steps", 0), summary.get("probe_steps", 0)
+    taken_back = f" ({undone} of them taken back)" if undone else ""
+    searched = f" and {private} private ones in search" if private else ""
+    print(f"\n{steps} steps of training{taken_back}{searched}, in {seconds:.0f} s.")
     for name, value in metrics.items():
         print(f"  {name:<10} {value:.4f}")
     for name, file in {**files, "result": folder / "result.json"}.items():
