@@ -16,6 +16,7 @@
 MAX_STEPS = 2000
 
 # %%
+# %matplotlib inline
 import logging
 import warnings
 

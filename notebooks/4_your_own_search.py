@@ -54,6 +54,7 @@ class UpStayDownCallback(SearchCallback):
 # That is all: checkpoints, resume, several ranks, mixed precision, TensorBoard figures and `schedule.json` come from the engine.
 
 # %%
+# %matplotlib inline
 import logging
 import warnings
 
@@ -83,8 +84,8 @@ print([round(segment.lr, 4) for segment in callback.schedule])
 figures_of(callback.trace, callback.schedule)["schedule"]
 
 # %% [markdown]
-# Watch the learning rates fall stage by stage. That is short-horizon bias: fifteen steps ahead, lower is better, and so it is again
-# at the next stage. It is why our own AutoLRS searches early, then holds.
+# Each decision looks fifteen steps ahead and no further. Once the loss is small that says "lower", and "lower" again at the next
+# stage: short-horizon bias. It is why our own AutoLRS searches once, early, and anneals slowly.
 
 # %%
 trainer.test(model, DigitsData(), verbose=False)[0]
