@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_autolr.callbacks.schedule import ScheduleCallback
+from lightning_autolr.engine.checks import check_trainer
 from lightning_autolr.schedules import Constant, Cosine
 from tests.engine.small import Stages, Tiny, fit_tiny, loader
 from tests.engine.subjects import NoisyData, Search
@@ -74,7 +75,7 @@ class Unheard(SingleDeviceStrategy):
 def test_unsupported_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     strategy = SingleDeviceStrategy(torch.device("cpu"))
     fit_tiny(tmp_path, [Search(Stages())], strategy=Unheard(torch.device("cpu")))
-    monkeypatch.setattr("lightning_autolr.engine.driver._TESTED_STRATEGIES", ("DDPStrategy",))
+    monkeypatch.setattr("lightning_autolr.engine.checks.TESTED_STRATEGIES", ("DDPStrategy",))
     with pytest.raises(MisconfigurationException, match=r"Expected a strategy out of .*, got SingleDeviceStrategy"):
         fit_tiny(tmp_path, [Search(Stages())], strategy=strategy)
     fit_tiny(tmp_path, [ScheduleCallback(Constant())])
@@ -83,12 +84,11 @@ def test_unsupported_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_communication_hook(tmp_path: Path) -> None:
     strategy = DDPStrategy(ddp_comm_hook=lambda state, bucket: None)
-    search = Search(Stages())
     trainer: Any = type("Trainer", (), {"strategy": strategy, "enable_validation": True})
     with pytest.raises(
         MisconfigurationException, match="Expected DistributedDataParallel without a communication hook"
     ):
-        search._check_trainer(trainer, Tiny())
+        check_trainer(trainer, Tiny(), objective="validation", allow_untested=False)
 
 
 class OneShot:
