@@ -202,6 +202,8 @@ def test_resumes_after_a_crash(case: Row, tmp_path: Path) -> None:
         assert resumed.summary["search_steps"] == whole.summary["search_steps"]
 
 
+# A gloo process is now and then aborted at its exit on a busy machine, after the training is over.
+@pytest.mark.flaky(reruns=2, only_rerun="ProcessExitedException")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(CASES))
 @pytest.mark.filterwarnings("ignore")
