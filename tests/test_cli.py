@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.cli import LightningCLI
 
-import lightning_autolr
-from lightning_autolr import callbacks, cli, commands
+from lightning_autolr import cli, commands
 from lightning_autolr.schedules import Tabulated
 
 # LightningCLI's calls of jsonargparse, not ours
@@ -132,12 +131,6 @@ def test_lightnings_own_cli_reads_them_too(capsys: pytest.CaptureFixture[str], m
     assert "lightning_autolr.schedules.Cosine" in capsys.readouterr().out
 
 
-def _missing(file: Path) -> bool:
-    """Whether the file names a public callback whose part of the package is not there yet."""
-    text = file.read_text()
-    return any(f"lightning_autolr.{n}\n" in text and not hasattr(callbacks, n) for n in lightning_autolr.__all__)
-
-
 FAST = {"digits/autolrs", "digits/autowu", "digits/rex"}
 
 
@@ -161,8 +154,6 @@ SMALL = {
 
 @pytest.mark.parametrize("file", _params(FILES))
 def test_every_configuration_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if _missing(file):
-        pytest.skip("its callback is not part of this version")
     if file.parent.name == "fashion_mnist" and not Path("/usr/share/datasets/fashion-mnist").is_dir():
         pytest.skip("needs Debian's dataset-fashion-mnist")
     (tmp_path / "text.txt").write_text("a text of its own, now and then. " * 2000)
