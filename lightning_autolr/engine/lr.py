@@ -161,20 +161,20 @@ def rescale_configured(optimizers: Sequence[Optimizer], schedulers: Sequence[Any
     """Scale everything the user configured so that the largest learning rate becomes ``lr``.
 
     Schedulers read learning rates that they cached (``base_lrs``, ``max_lrs``, ``initial_lr``, ``max_lr``) and would bring
-    the old ones back, so these are scaled too: the rest of the schedule keeps its shape. A one-cycle schedule's largest
-    learning rate is its peak.
+    the old ones back, so these are scaled too: the rest of the schedule keeps its shape. The largest learning rate of
+    a one-cycle or cyclic schedule is its peak.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    largest = max(_number(g.get("max_lr", g.get("initial_lr", g["lr"]))) for g in groups)
-    factor = lr / largest
+    nested = list(schedulers)
+    for scheduler in nested:  # grows: a sequence of schedulers has them inside
+        nested += getattr(scheduler, "_schedulers", [])
+    peaks = [_number(g.get("max_lr", g.get("initial_lr", g["lr"]))) for g in groups]
+    factor = lr / max([*peaks, *(_number(x) for s in nested for x in getattr(s, "max_lrs", []))])
     for group in groups:
         for key in ("lr", "initial_lr", "max_lr", "min_lr"):
             if key in group:
                 _write_number(group, key, _number(group[key]) * factor)
-    pending = list(schedulers)
-    while pending:
-        scheduler = pending.pop()
-        pending += getattr(scheduler, "_schedulers", [])
+    for scheduler in nested:
         for name in ("base_lrs", "max_lrs", "_last_lr"):
             if (values := getattr(scheduler, name, None)) is not None:
                 setattr(scheduler, name, [_number(v) * factor for v in values])

@@ -1,0 +1,193 @@
+"""What is written into the optimizer, what is measured at it, and what a range test leaves behind."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import Callback
+from torch.optim import lr_scheduler as sched
+from torch.utils.data import DataLoader
+
+from lightning_autolr import GradNormCallback, RangeTestCallback, RefinedScheduleCallback, ScheduleCallback
+from lightning_autolr.core.range_rules import RangeSuggestion
+from lightning_autolr.core.refine import refine_schedule
+from lightning_autolr.schedules import Cosine, OneCycle, Rex
+from tests.callbacks.test_contract import Tiny, data, trainer
+
+
+class Scheduled(Tiny):
+    """With one of torch's schedulers."""
+
+    def __init__(
+        self, make: Callable[[Any], Any] | None = None, lr: float = 0.1, optimizer: Any = torch.optim.SGD
+    ) -> None:
+        super().__init__()
+        self.make, self.lr, self.kind = make, lr, optimizer
+
+    def configure_optimizers(self) -> Any:
+        groups = [{"params": self.norm.parameters(), "lr": 0.1 * self.lr}, {"params": self.head.parameters()}]
+        optimizer = self.kind(groups, lr=self.lr)
+        if self.make is None:
+            return optimizer
+        return [optimizer], [{"scheduler": self.make(optimizer), "interval": "step"}]
+
+
+class Seen(Callback):
+    """The learning rates, momenta and gradient norms of each step."""
+
+    def __init__(self) -> None:
+        self.lrs: list[list[float]] = []
+        self.momenta: list[float] = []
+        self.norms: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        grads = [p.grad for p in module.parameters() if p.grad is not None]
+        self.norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in grads)))
+        self.lrs.append([float(g["lr"]) for g in optimizer.param_groups])
+        group = optimizer.param_groups[0]
+        self.momenta.append(group["betas"][0] if "betas" in group else group["momentum"])
+
+
+def run(module: Tiny, folder: Path, *callbacks: Callback, **settings: Any) -> Seen:
+    seed_everything(0, verbose=False)
+    seen = Seen()
+    fit = trainer(folder, *callbacks, seen, enable_checkpointing=False, **{"max_steps": 24, **settings}).fit
+    fit(module, DataLoader(data(), batch_size=8, shuffle=True), DataLoader(data(), batch_size=24))
+    return seen
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_schedule_is_written_at_each_optimizer_step_in_the_groups_ratio(accumulate: int, tmp_path: Path) -> None:
+    seen = run(Scheduled(), tmp_path, ScheduleCallback(Rex(), peak_lr=0.5), accumulate_grad_batches=accumulate)
+    expected = [0.5 * Rex(num_steps=24)(t) for t in range(24)]
+    assert [lr for _, lr in seen.lrs] == expected
+    assert [lr for lr, _ in seen.lrs] == pytest.approx([0.1 * lr for lr in expected])
+
+
+def test_past_its_end_a_schedule_stays(tmp_path: Path) -> None:
+    seen = run(Scheduled(), tmp_path, ScheduleCallback(Cosine(num_steps=10, end=0.2), peak_lr=0.5))
+    assert [lr for _, lr in seen.lrs[10:]] == pytest.approx([0.1] * 14)
+
+
+@pytest.mark.parametrize("kind", [lambda g, lr: torch.optim.SGD(g, lr=lr, momentum=0.9), torch.optim.AdamW])
+def test_one_cycle_turns_the_momentum_too(kind: Any, tmp_path: Path) -> None:
+    seen = run(Scheduled(optimizer=kind), tmp_path, ScheduleCallback(OneCycle()))
+    momentum = OneCycle(num_steps=24).momentum_schedule()
+    assert momentum is not None
+    assert seen.momenta == pytest.approx([momentum(t) for t in range(24)])
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+@pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}])
+def test_gradient_norms(norm: Any, settings: dict[str, Any], tmp_path: Path) -> None:
+    callback = GradNormCallback(norm)
+    seen = run(Scheduled(), tmp_path, callback, **settings)
+    assert len(callback.norms) == 24
+    if norm == "l2":  # measured before clipping
+        assert callback.norms == pytest.approx(seen.norms, rel=1e-5)
+    else:
+        assert all(a >= b for a, b in zip(callback.norms, seen.norms, strict=True))
+    written = json.loads((tmp_path / "autolr" / "grad_norms.json").read_text())
+    assert [float(x) for x in written["norms"]] == callback.norms
+    assert refine_schedule(callback.norms, norm=norm).length == 24
+
+
+def test_norms_after_clipping(tmp_path: Path) -> None:
+    callback = GradNormCallback(clipped=True)
+    seen = run(Scheduled(), tmp_path, callback, gradient_clip_val=0.2)
+    assert callback.norms == pytest.approx([min(x, 0.2) for x in seen.norms], rel=1e-3)
+    assert max(seen.norms) > 0.2
+
+
+def test_norms_under_a_gradient_scaler_are_unscaled(tmp_path: Path) -> None:
+    from lightning.pytorch.plugins import MixedPrecision
+
+    plain, scaled = GradNormCallback(), GradNormCallback()
+    torch.manual_seed(0)
+    first = Scheduled()
+    second = copy.deepcopy(first)
+    run(first, tmp_path, plain, precision="bf16-mixed")
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+    run(second, tmp_path, scaled, plugins=[plugin])
+    assert scaled.norms[0] == pytest.approx(plain.norms[0], rel=0.05)
+
+
+def test_refined_while_training(tmp_path: Path) -> None:
+    callback = RefinedScheduleCallback(peak_lr=0.3, every=0.25)
+    seen = run(Scheduled(), tmp_path, callback)
+    lrs = [lr for _, lr in seen.lrs]
+    assert lrs[0] == pytest.approx(0.3)
+    assert lrs[-1] == pytest.approx(0.0, abs=1e-9)
+    assert all(b <= 1.11 * a for a, b in itertools.pairwise(lrs))
+    recorded = [n for entry in callback.trace for n in entry.answer.grad_norms]
+    assert recorded == pytest.approx(seen.norms, rel=1e-5)
+
+
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "StepLR": lambda o: sched.StepLR(o, 5, 0.5),
+    "MultiStepLR": lambda o: sched.MultiStepLR(o, [4, 9]),
+    "ConstantLR": lambda o: sched.ConstantLR(o, 0.5, 6),
+    "LinearLR": lambda o: sched.LinearLR(o, 0.5, total_iters=8),
+    "ExponentialLR": lambda o: sched.ExponentialLR(o, 0.9),
+    "PolynomialLR": lambda o: sched.PolynomialLR(o, 40),
+    "CosineAnnealingLR": lambda o: sched.CosineAnnealingLR(o, 40),
+    "CosineAnnealingWarmRestarts": lambda o: sched.CosineAnnealingWarmRestarts(o, 7),
+    "LambdaLR": lambda o: sched.LambdaLR(o, lambda t: 1 / (1 + t)),
+    "MultiplicativeLR": lambda o: sched.MultiplicativeLR(o, lambda t: 0.9),
+    "OneCycleLR": lambda o: sched.OneCycleLR(o, [g["lr"] for g in o.param_groups], total_steps=40),
+    "CyclicLR": lambda o: sched.CyclicLR(
+        o, [0.1 * g["lr"] for g in o.param_groups], [g["lr"] for g in o.param_groups], 5
+    ),
+    "SequentialLR": lambda o: sched.SequentialLR(o, [sched.LinearLR(o, 0.1, total_iters=5), sched.StepLR(o, 4)], [5]),
+    "ChainedScheduler": lambda o: sched.ChainedScheduler([sched.LinearLR(o, 0.5, total_iters=5), sched.StepLR(o, 9)]),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning")
+def test_every_stock_scheduler_keeps_what_the_range_test_applied(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What is suggested is tested elsewhere: here it is what becomes of it.
+    found = 0.037
+    conclusion = RangeSuggestion(found, found, found, "given")
+    monkeypatch.setattr("lightning_autolr.search.range_test.suggest", lambda curves, rule: conclusion)
+    make = SCHEDULERS[name]
+    sgd: Any = partial(torch.optim.SGD, momentum=0.9)
+    callback = RangeTestCallback(apply=True, num_steps=20, repeats=1)
+    tested = run(Scheduled(make, optimizer=sgd), tmp_path, callback)
+    assert callback.suggestions[0] is conclusion
+    configured = run(Scheduled(make, lr=found, optimizer=sgd), tmp_path)
+    for a, b in zip(tested.lrs, configured.lrs, strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
+
+
+def test_a_range_test_that_is_not_applied_leaves_no_trace(tmp_path: Path) -> None:
+    def weights(*callbacks: Callback) -> list[torch.Tensor]:
+        seed_everything(0, verbose=False)
+        module = Tiny()
+        run(module, tmp_path, *callbacks)
+        return list(module.parameters())
+
+    callback = RangeTestCallback(milestones=(0, 1), num_steps=20, repeats=2)
+    assert all(torch.equal(a, b) for a, b in zip(weights(), weights(callback), strict=True))
+    assert sorted(callback.suggestions) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"milestones": ()}, {"milestones": (-1,)}, {"unit": "hour"}, {"min_lr": 1.0, "max_lr": 0.1}, {"rule": "best"}],
+)
+def test_a_range_test_says_no(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="Expected"):
+        RangeTestCallback(**wrong)
