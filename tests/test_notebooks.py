@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -31,4 +32,8 @@ def test_runs(name: str) -> None:
     for parameter, value in SHORT.items():
         source = re.sub(rf"^{parameter} = \d+", f"{parameter} = {value}", source, flags=re.MULTILINE)
     notebook = jupytext.reads(source, fmt="py:percent")
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+    finally:
+        signal.signal(signal.SIGINT, handler)  # the client takes it, and gives back the default
