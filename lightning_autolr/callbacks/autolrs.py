@@ -37,6 +37,9 @@ class AutoLRSCallback(SearchCallback):
             losses from then on, as the authors' code does.
         monitor: name of the validation value that scores candidates.
         kappa: "published": weight of the standard deviation in the lower confidence bound; the published value fills the space.
+        estimator: "published": "bounded" forecasts, or the "reference" ones of the authors' code.
+        warmup_steps: "published": steps before the first stage that rise to ``warmup_lr``, not searched.
+        warmup_lr: "published": learning rate at their end; None is ``max_lr``.
         fork: where the copy of the training state lies: "device", "cpu" or "disk".
         on_scheduler: what to do with learning-rate schedulers of the module: "override", "multiply" or "error".
         seed: seed of everything random in the search.
@@ -72,6 +75,9 @@ class AutoLRSCallback(SearchCallback):
         objective: Literal["validation", "holdout", "train", "auto"] = "validation",
         monitor: str = "val_loss",
         kappa: float = 1e6,
+        estimator: Literal["bounded", "reference"] = "bounded",
+        warmup_steps: int = 0,
+        warmup_lr: float | None = None,
         fork: Literal["device", "cpu", "disk"] = "device",
         on_scheduler: Literal["override", "multiply", "error"] = "override",
         seed: int = 0,
@@ -125,6 +131,9 @@ class AutoLRSCallback(SearchCallback):
                 probe_fraction=probe_fraction,
                 kappa=kappa,
                 objective=objective,
+                estimator=estimator,
+                warmup_steps=warmup_steps,
+                warmup_lr=warmup_lr,
                 seed=seed,
             )
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from lightning_autolr.core.forecast import Estimator
 from lightning_autolr.core.requests import Requests, Run
 from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.published import PublishedAutoLRS
@@ -28,6 +29,9 @@ class PublishedInRange(AbstractSearch):
     probe_fraction: float = 0.1
     kappa: float = 1e6
     objective: Literal["auto", "train", "validation", "holdout"] = "auto"
+    estimator: Estimator = "bounded"
+    warmup_steps: int = 0
+    warmup_lr: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
