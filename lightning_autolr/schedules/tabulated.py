@@ -39,8 +39,10 @@ class Segment:
     def __post_init__(self) -> None:
         replace_field(self, "num_steps", as_count("num_steps", self.num_steps))
         check_number("lr", self.lr, low=0.0)
-        if self.shape.absolute:
-            raise ValueError(f"Expected a shape of factors, got one of learning rates: {self.shape}.")
+        if self.shape.absolute and self.lr != 1.0:
+            raise ValueError(
+                f"Expected a shape of factors, or lr=1 with one of learning rates, got {self.lr=}, {self.shape}."
+            )
         if not self.shape.is_resolved:
             replace_field(self, "shape", self.shape.stretched(self.num_steps))
 

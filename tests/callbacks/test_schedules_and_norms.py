@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.optim import lr_scheduler as sched
 from torch.utils.data import DataLoader
 
 from lightning_autolr import GradNormCallback, RangeTestCallback, RefinedScheduleCallback, ScheduleCallback
 from lightning_autolr.core.range_rules import RangeSuggestion
 from lightning_autolr.core.refine import refine_schedule
-from lightning_autolr.schedules import Cosine, OneCycle, Rex
-from tests.callbacks.test_contract import Tiny, data, trainer
+from lightning_autolr.schedules import Cosine, OneCycle, Rex, Schedule
+from tests.callbacks.test_contract import Ordered, Tiny, data, trainer
+from tests.test_schedules import ZOO
 
 
 class Scheduled(Tiny):
@@ -191,3 +192,27 @@ def test_a_range_test_that_is_not_applied_leaves_no_trace(tmp_path: Path) -> Non
 def test_a_range_test_says_no(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="Expected"):
         RangeTestCallback(**wrong)
+
+
+class Crash(Callback):
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == 13:
+            raise InterruptedError
+
+
+@pytest.mark.parametrize("schedule", ZOO, ids=repr)
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+def test_every_schedule_is_fitted_and_resumed_after_a_crash(schedule: Schedule, tmp_path: Path) -> None:
+    def go(*more: Callback, ckpt_path: str | None = None) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        module = Tiny()
+        saver = ModelCheckpoint(tmp_path / str(len(more)), every_n_train_steps=10, save_top_k=-1, filename="{step}")
+        fit = trainer(tmp_path, ScheduleCallback(schedule, peak_lr=0.1), saver, *more, max_steps=20).fit
+        fit(module, Ordered(data()), DataLoader(data(), batch_size=24), ckpt_path=ckpt_path)
+        return list(module.parameters())
+
+    expected = go()
+    with pytest.raises(InterruptedError):
+        go(Crash())
+    resumed = go(Callback(), Callback(), ckpt_path=str(tmp_path / "1" / "step=10.ckpt"))
+    assert all(torch.equal(a, b) for a, b in zip(expected, resumed, strict=True))
