@@ -180,9 +180,10 @@ class _Toy:
 
     def line_probe(self, request: LineProbe) -> LineResult:
         batches = [self.shift(DRAW, request.draw, step) for step in range(request.horizon + 1)]
+        start = self.state if request.start is None else self.find(request.start)
 
         def moved(lr: float) -> Vector:
-            state = self.state
+            state = start
             for batch in batches[:-1]:
                 state = self.step(state, lr, batch)
             self.search_steps += request.horizon
@@ -193,7 +194,7 @@ class _Toy:
                 return float(np.mean(self.evaluation_losses(w, VALIDATION)))
             return self.problem.loss(w - batches[-1 if request.evaluate_on == "next" else -2])
 
-        here = self.state.w
+        here = start.w
         if request.exact:
             points = [moved(request.lr * f) for f in request.factors]
         else:

@@ -121,6 +121,7 @@ class LineProbe:
         horizon: optimizer steps that make the direction, >= 1.
         evaluate_on: the batch of the direction's last step, the batch after it, or the validation batches.
         exact: make the steps anew at each ``lr * factor`` instead of moving along one direction (any optimizer, slower).
+        start: id of a kept state; None is the state of the real run.
         stage: see :class:`Probe`.
         label: see :class:`Probe`.
     """
@@ -131,6 +132,7 @@ class LineProbe:
     horizon: int = 1
     evaluate_on: Literal["same", "next", "validation"] = "next"
     exact: bool = False
+    start: str | None = None
     stage: int = 0
     label: str = ""
 

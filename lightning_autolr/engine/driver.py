@@ -424,7 +424,9 @@ class SearchCallback(Callback):
 
     def _already_answered(self, request: Request, fingerprint: str) -> Answer | None:
         """The answer of a probe that a killed run made from these very weights."""
-        if isinstance(request, Probe) and (request.keep_end or request.start is not None or request.release):
+        if isinstance(request, Train) or request.start is not None:
+            return None
+        if isinstance(request, Probe) and (request.keep_end or request.release):
             return None  # the state that belongs to it is gone
         for entry in self._leftover:
             same_place = entry.global_step == self._trainer.global_step and entry.fingerprint == fingerprint

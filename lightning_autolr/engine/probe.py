@@ -335,18 +335,18 @@ class Prober:
     @torch.no_grad()
     def _update(self, request: LineProbe, lr: float, num_steps: int) -> list[Tensor]:
         """What ``num_steps`` steps add to the weights. Leaves the weights as they were."""
-        self._go_to("here")
+        self._go_to(request.start or "here")
         weights = [local_tensor(p) for p in self._module.parameters()]
         before = [w.detach().clone() for w in weights]
         self._make_steps(request, lr, num_steps)
         torch._foreach_neg_(before)
         torch._foreach_add_(before, weights)
-        self._go_to("here")
+        self._go_to(request.start or "here")
         return before
 
     def _line_loss(self, request: LineProbe, factor: float) -> float:
         """The loss after real steps at ``lr * factor``."""
-        self._go_to("here")
+        self._go_to(request.start or "here")
         if factor > 0:
             self._make_steps(request, request.lr * factor, request.horizon)
         return self._line_evaluation(request)

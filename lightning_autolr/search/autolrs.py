@@ -9,18 +9,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lightning_autolr.core.requests import Probe, ProbeResult, Request, Requests, Run, Status, Train, TrainResult
+from lightning_autolr.core.requests import Probe, ProbeResult, Request, Requests, Run, Train
 from lightning_autolr.core.surrogate import FitError, Observation, posterior, suggest
-from lightning_autolr.schedules import Constant, Linear, Rex, Schedule, Shifted, WarmupStableDecay
+from lightning_autolr.schedules import Constant, Linear, Rex, Schedule, WarmupStableDecay
 from lightning_autolr.search.autowu import AutoWU
 from lightning_autolr.search.base import AbstractSearch
+from lightning_autolr.search.ratchet import LOOK, Ratchet, divergence_limit, paired
 
 __all__ = ["AutoLRS", "Plan"]
 
 _SHORTEST_PROBE = 20
-_SHORTEST_STAGE = 10
-_LITTLE = 0.1  # of the first loss: while less has been gained, losing half of it means nothing
-_SCREEN = 0  # the draw of the ratchet's evaluations; candidates use the ones after it
 
 
 @dataclass(frozen=True)
@@ -139,8 +137,9 @@ class AutoLRS(AbstractSearch):
             return Plan(probe_steps, self.num_candidates, self.tau)
         share = int(self.search_budget * total_steps / self.num_candidates)
         shortest = max(1, min(_SHORTEST_PROBE, total_steps // 10))
-        stage = max(_SHORTEST_STAGE, total_steps // 40)
-        return Plan(self.probe_steps or max(shortest, share), self.num_candidates, min(self.tau, stage))
+        return Plan(
+            self.probe_steps or max(shortest, share), self.num_candidates, self._guard().stage_steps(total_steps)
+        )
 
     def describe(self, run: Run) -> str:
         """The plan and its cost."""
@@ -158,18 +157,32 @@ class AutoLRS(AbstractSearch):
         )
 
     def requests(self, run: Run) -> Requests:
-        """Search for the peak, then train in stages."""
+        """Search for the peak, then train."""
+        requests = self._requests(run)
+        return self._guard().guard(requests, run) if self.ratchet else requests
+
+    def _guard(self) -> Ratchet:
+        return Ratchet(longest_stage=self.tau, patience=self.patience, shrink=self.shrink, evaluate=self.evaluate)
+
+    def _requests(self, run: Run) -> Requests:
         if self.warmup is not None:
             found = yield from self.warmup.warmup(run)
             left = None if run.total_steps is None else run.total_steps - found.num_steps
             rest = replace(self, warmup=None, warmup_fraction=0.0, min_lr=found.bounds[0], max_lr=found.bounds[1])
-            yield from rest.requests(replace(run, total_steps=left, lr=found.lr))
+            yield from rest._requests(replace(run, total_steps=left, lr=found.lr))
             return
         plan = self.plan(run.total_steps)
         if self.evaluate == "validation" and not run.has_validation:
             raise ValueError("Expected validation batches, got none. Use evaluate='holdout'.")
         tried = yield from self._search(run, plan)
-        yield from self._train(run, plan, tried)
+        best_lr, reason = tried.choose(run.lr)
+        peak = max(best_lr / self.caution, self.min_lr or 0.0)
+        reason += f" {best_lr:.3g}, divided by {self.caution:g} since a run is longer than a probe."
+        left = run.total_steps
+        if left is not None and run.count_search:
+            left = max(1, left - tried.num_steps)
+        shape = Constant() if left is None else self._shape(left)
+        yield Train(lr=peak, num_steps=left, shape=shape, stop_above=tried.limit, reason=reason)
 
     # -- the peak -----------------------------------------------------------------------------------------------------
 
@@ -180,7 +193,7 @@ class AutoLRS(AbstractSearch):
             result: ProbeResult = yield Probe(
                 lr=lr,
                 num_steps=plan.probe_steps,
-                draw=_SCREEN + 1,
+                draw=LOOK + 1,
                 shape=Linear(),
                 evaluate=self.evaluate,
                 stop_above=tried.limit,
@@ -196,55 +209,6 @@ class AutoLRS(AbstractSearch):
         high = self.max_lr if self.max_lr is not None else max(run.lr, low) * reach
         return low, high
 
-    # -- the run ------------------------------------------------------------------------------------------------------
-
-    def _train(self, run: Run, plan: Plan, tried: _Tried) -> Requests:
-        best_lr, reason = tried.choose(run.lr)
-        peak = max(best_lr / self.caution, self.min_lr or 0.0)
-        reason += f" {best_lr:.3g}, divided by {self.caution:g} since a run is longer than a probe."
-        total = run.total_steps
-        if total is not None and run.count_search:
-            total = max(1, total - tried.num_steps)
-        shape = Constant() if total is None else self._shape(total)
-        done, scale, age = 0, 1.0, 0
-        first = best = (yield self._look()) if self.ratchet else None
-        state: str | None = None  # the id of the weights that had the lowest evaluation, ``best`` ...
-        is_new = self.ratchet  # ... and whether these are the present ones, not kept yet
-        go_back = False
-        while total is None or done < total:
-            left = math.inf if total is None else total - done
-            # The last step stands alone: before it the run can still go back, and its learning rate is next to nothing.
-            ending = left - 1 if self.ratchet else left
-            steps = int(left if left <= 1 else ending if ending < 1.6 * plan.stage_steps else plan.stage_steps)
-            answer: TrainResult = yield Train(
-                lr=peak * scale,
-                num_steps=steps,
-                shape=Shifted(shape, done),
-                start=state if go_back else None,
-                keep_start=is_new and steps < left,
-                release=(state,) if state is not None and (is_new or steps == left) else (),
-                stop_above=tried.limit if self.ratchet and steps < left else None,
-                stage=done // plan.stage_steps,
-                reason=reason,
-            )
-            done += steps if answer.status is Status.OK else len(answer.losses)
-            if not self.ratchet or steps == left:
-                continue
-            state = answer.start if is_new else state
-            after: ProbeResult | None = (yield self._look()) if answer.status is Status.OK else None
-            is_new = after is not None and best is not None and after.loss < best.loss
-            age = 0 if is_new or (total is not None and done < (1 - self.anneal_fraction) * total) else age + 1
-            blew_up = after is None or first is None or best is None or self._blew_up(first, best, after)
-            go_back = blew_up or age >= self.patience or (total is not None and done >= total - 1 and not is_new)
-            if is_new:
-                best, reason = after, "The loss fell."
-            elif go_back:
-                scale, age = scale / self.shrink, 0
-                why = "The loss blew up" if blew_up else "The loss did not fall any more"
-                reason = f"{why}: back to the lowest, at 1/{self.shrink:g} of the learning rate."
-            else:
-                reason = "The loss was lower before, but not for long."
-
     def _shape(self, total: int) -> Schedule:
         return WarmupStableDecay(
             num_steps=total,
@@ -253,18 +217,6 @@ class AutoLRS(AbstractSearch):
             decay=self.anneal,
             start=0.1 if self.warmup_fraction else 1.0,  # no step at learning rate 0
         )
-
-    def _look(self) -> Probe:
-        return Probe(lr=1.0, num_steps=0, draw=_SCREEN, evaluate=self.evaluate, label="ratchet")
-
-    @staticmethod
-    def _blew_up(first: ProbeResult, best: ProbeResult, after: ProbeResult) -> bool:
-        """Whether more than half of all that was gained since the first look is lost again."""
-        if not math.isfinite(after.loss):
-            return True
-        mean, error = paired(best, after)
-        gained = first.loss - best.loss
-        return mean > max(4 * error, 0.5 * gained, _LITTLE * abs(first.loss))
 
 
 @dataclass
@@ -280,10 +232,8 @@ class _Tried:
         return min(max(lr, self.low), self.high)
 
     def add(self, lr: float, result: ProbeResult) -> None:
-        if self.limit is None and result.losses:
-            # A loss as far above the first as this is no noise: such a candidate need not be trained to its end.
-            first = result.losses[0]
-            self.limit = first + 3 * abs(first) + 3 * (max(result.losses[:_SHORTEST_PROBE]) - min(result.losses))
+        if self.limit is None:
+            self.limit = divergence_limit(result.losses)
         self.results[lr] = result
 
     @property
@@ -345,11 +295,3 @@ class _Tried:
         typical = max(float(np.median([e for lr, e in errors.items() if lr != self.best] or [0.0])), 1e-9)
         errors[self.best] = 0.1 * typical
         return [Observation(lr, self.results[lr].loss, max(errors.get(lr, typical), 1e-9) ** 2) for lr in lrs]
-
-
-def paired(before: ProbeResult, after: ProbeResult) -> tuple[float, float]:
-    """Mean and standard error of the differences on the same evaluation batches."""
-    a, b = (np.asarray(r.evaluations[-1].losses) for r in (before, after))
-    difference = b - a
-    error = float(difference.std(ddof=1) / math.sqrt(len(difference))) if len(difference) > 1 else 0.0
-    return float(difference.mean()), error

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from lightning_autolr.core.requests import Evaluation, Probe, ProbeResult, Run, Status, Train, TrainResult
 from lightning_autolr.schedules import Cosine, WarmupStableDecay
-from lightning_autolr.search.autolrs import AutoLRS, paired
+from lightning_autolr.search.autolrs import AutoLRS
 from lightning_autolr.search.autowu import AutoWU
 from lightning_autolr.search.base import replay
+from lightning_autolr.search.ratchet import paired
 from tests.toy import ToyRun, run_toy
 from tests.zoo import Quadratic, noisy_quadratic, off_centre
 

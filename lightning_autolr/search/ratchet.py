@@ -1,0 +1,260 @@
+"""The ratchet: training that takes back what did harm, around any search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from lightning_autolr.core.requests import Probe, ProbeResult, Request, Requests, Run, Status, Train, TrainResult
+from lightning_autolr.schedules import Constant, Schedule, Shifted
+from lightning_autolr.search.base import AbstractSearch
+
+__all__ = ["LOOK", "Guarded", "Ratchet", "divergence_limit", "paired"]
+
+_SHORTEST_STAGE = 10
+_FEW = 20  # first losses of a training, among which the highest is looked for
+_LITTLE = 0.1  # of the first loss: while less has been gained, losing half of it means nothing
+LOOK = 0  # the draw of the ratchet's evaluations; searches use the ones after it
+
+
+@dataclass(frozen=True)
+class Ratchet:
+    """Looks at the loss of the same evaluation batches now and then, keeps the weights that had the lowest, and goes back.
+
+    It undoes the training since the lowest loss, and divides the learning rate by ``shrink`` for the rest of the segment,
+
+    - at once, when more than half of all that was gained is lost again, or the training diverged;
+    - when there was no new lowest loss for ``patience`` looks, of those made while the learning rate is below its highest.
+      At the highest, losses jitter around a trend that they hide.
+
+    The run ends on the weights with the lowest loss: its last step goes back to them. Undone steps count as steps of the run.
+    It answers overfitting, which no short probe can see, and divergence.
+
+    Args:
+        num_looks: looks in a run of known length, >= 1; stages have at least ten steps.
+        longest_stage: steps between two looks, at most, and when nobody knows how long the run is; >= 1.
+        patience: see above, >= 1.
+        shrink: see above, > 1.
+        evaluate: what is looked at: "validation" batches, or training batches held out from probes ("holdout").
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    num_looks: int = 40
+    longest_stage: int = 1000
+    patience: int = 5
+    shrink: float = 2.0
+    evaluate: Literal["validation", "holdout"] = "validation"
+
+    def __post_init__(self) -> None:
+        if self.num_looks < 1 or self.longest_stage < 1 or self.patience < 1 or not self.shrink > 1:
+            raise ValueError(
+                f"Expected num_looks, longest_stage and patience >= 1 and shrink > 1, got {self.num_looks=}, "
+                f"{self.longest_stage=}, {self.patience=} and {self.shrink=}."
+            )
+        if self.evaluate not in ("validation", "holdout"):
+            raise ValueError(f"Expected evaluate to be 'validation' or 'holdout', got {self.evaluate!r}.")
+
+    def stage_steps(self, total_steps: int | None) -> int:
+        """Steps between two looks."""
+        if total_steps is None:
+            return self.longest_stage
+        return min(self.longest_stage, max(_SHORTEST_STAGE, total_steps // self.num_looks))
+
+    def guard(self, requests: Requests, run: Run) -> Requests:
+        """The same requests, with each real training cut into stages that can be undone.
+
+        The search inside learns nothing of it: it is told all losses, also of undone steps. Training that the search itself
+        can undo (``keep_start``) and that diverges is its own affair.
+        """
+        if self.evaluate == "validation" and not run.has_validation:
+            raise ValueError("Expected validation batches for the ratchet, got none. Use the objective 'holdout'.")
+        watch = _Watch(self, run)
+        request = next(requests, None)
+        while request is not None:
+            answer = yield from watch.answer(request)
+            try:
+                request = requests.send(answer)
+            except StopIteration:
+                request = None
+        yield from watch.end()
+
+
+@dataclass(frozen=True)
+class Guarded(AbstractSearch):
+    """A search with a ratchet around it."""
+
+    search: AbstractSearch
+    ratchet: Ratchet = Ratchet()
+
+    def requests(self, run: Run) -> Requests:
+        return self.ratchet.guard(self.search.requests(run), run)
+
+    def describe(self, run: Run) -> str:
+        plan = self.search.describe(run)
+        looks = f"The ratchet looks every {self.ratchet.stage_steps(run.total_steps)} steps."
+        return f"{plan} {looks}" if plan else looks
+
+
+@dataclass
+class _Watch:
+    """What the ratchet remembers."""
+
+    ratchet: Ratchet
+    run: Run
+    first: ProbeResult | None = None
+    best: ProbeResult | None = None
+    state: str | None = None  # the id of the weights that had the lowest loss ...
+    is_new: bool = False  # ... or: these are the present ones, not kept yet
+    go_back: bool = False  # the next real step starts from ``state``
+    age: int = 0  # looks since the lowest loss, while the learning rate is below its highest
+    since: int = 0  # steps since the last look
+    highest_lr: float = 0.0
+    lr: float = 0.0
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        self.left: float = math.inf if self.run.total_steps is None else self.run.total_steps
+        self.stage_steps = self.ratchet.stage_steps(self.run.total_steps)
+
+    def answer(self, request: Request) -> Generator[Request, Any, Any]:
+        if isinstance(request, Train):
+            return (yield from self._train(request))
+        if self.go_back and request.start is None:  # where the training will go on
+            request = replace(request, start=self.state)
+        result = yield request
+        if self.run.count_search and isinstance(result, ProbeResult):
+            self.left -= len(result.losses)
+        return result
+
+    def end(self) -> Requests:
+        """The search has nothing more to say; what is left of the run is not looked at."""
+        if self.go_back:
+            yield Train(self.lr, None, start=self.state, release=self._release(), reason="Back to the lowest loss.")
+        elif self.state is not None:
+            yield replace(self._look(), evaluate="none", release=self._release())
+
+    def _train(self, request: Train) -> Generator[Request, Any, TrainResult]:
+        if self.first is None:
+            self.first = self.best = yield self._look()
+            self.is_new = True
+        if self.is_new and (request.start is not None or request.keep_start):
+            # The search inside keeps states of its own here; each keeps and releases its own.
+            answer = yield replace(self._look(), evaluate="none", keep_end=True, release=self._release())
+            self.state, self.is_new = answer.end, False
+        steps = self.left if request.num_steps is None else request.num_steps
+        is_whole = steps >= self.left
+        done, scale, reason = 0, 1.0, request.reason
+        losses: list[float] = []
+        grad_norms: list[float] = []
+        start: str | None = None
+        while done < steps:
+            piece = self._piece(steps - done)
+            is_last = piece == self.left
+            keeps = self.is_new and not is_last
+            inner_start = request.start if done == 0 else None
+            answer = yield replace(
+                request,
+                lr=request.lr * scale,
+                num_steps=piece,
+                shape=_from(request.shape, done),
+                momentum=None if request.momentum is None else _from(request.momentum, done),
+                start=inner_start or (self.state if self.go_back else None),
+                keep_start=keeps or (request.keep_start and done == 0),
+                stop_above=None if is_last else self.limit if request.stop_above is None else request.stop_above,
+                stage=request.stage + (done // self.stage_steps if is_whole else 0),
+                reason=reason,
+                release=(*(request.release if done == 0 else ()), *(self._release() if keeps or is_last else ())),
+            )
+            if done == 0 and request.keep_start:
+                start = answer.start
+            if keeps or is_last:
+                self.state = answer.start if keeps else None
+            made = piece if answer.status is Status.OK else len(answer.losses)
+            losses += answer.losses
+            grad_norms += answer.grad_norms
+            self._has_made(request, done, made, answer.losses)
+            done += made
+            self.is_new = self.go_back = False
+            if answer.status is Status.DIVERGED and request.keep_start:
+                return TrainResult(tuple(losses), answer.status, start, tuple(grad_norms))
+            if answer.status is Status.DIVERGED or self.left == 1 or 0 < self.stage_steps <= self.since:
+                reason = self._judge((yield self._look()) if answer.status is Status.OK else None)
+                scale /= self.ratchet.shrink if self.go_back else 1
+            self.lr = request.lr * scale * request.shape(done)
+        return TrainResult(tuple(losses), Status.OK, start, tuple(grad_norms))
+
+    def _piece(self, steps: float) -> int:
+        """Steps to the next look. The last step of the run stands alone: before it the run can still go back."""
+        if self.left <= 1:
+            return 1
+        room = self.stage_steps - self.since
+        rest = min(steps, self.left - 1)
+        return int(rest if rest < room + 0.6 * self.stage_steps else room)
+
+    def _has_made(self, request: Train, done: int, steps: int, losses: tuple[float, ...]) -> None:
+        self.left -= steps
+        self.since += steps
+        lrs = [request.lr * request.shape(done + i) for i in range(0, steps, max(1, steps // 8))]
+        self.highest_lr = max(self.highest_lr, *lrs)
+        self.lr = lrs[-1]
+        if self.limit is None:
+            self.limit = divergence_limit(losses)
+
+    def _judge(self, after: ProbeResult | None) -> str:
+        """Whether to go back, and why."""
+        assert self.first is not None
+        assert self.best is not None
+        self.since = 0
+        self.is_new = after is not None and after.loss < self.best.loss
+        self.age = 0 if self.is_new or self.lr >= self.highest_lr * (1 - 1e-9) else self.age + 1
+        blew_up = after is None or _blew_up(self.first, self.best, after)
+        self.go_back = blew_up or self.age >= self.ratchet.patience or (self.left <= 1 and not self.is_new)
+        if self.is_new:
+            self.best = after
+            return "The loss fell."
+        if not self.go_back:
+            return "The loss was lower before, but not for long."
+        self.age = 0
+        why = "The loss blew up" if blew_up else "The loss did not fall any more"
+        return f"{why}: back to the lowest, at 1/{self.ratchet.shrink:g} of the learning rate."
+
+    def _look(self) -> Probe:
+        return Probe(lr=1.0, num_steps=0, draw=LOOK, evaluate=self.ratchet.evaluate, label="ratchet")
+
+    def _release(self) -> tuple[str, ...]:
+        return () if self.state is None else (self.state,)
+
+
+def _from(schedule: Schedule, step: int) -> Schedule:
+    return schedule if step == 0 or isinstance(schedule, Constant) else Shifted(schedule, step)
+
+
+def _blew_up(first: ProbeResult, best: ProbeResult, after: ProbeResult) -> bool:
+    """Whether more than half of all that was gained since the first look is lost again."""
+    if not math.isfinite(after.loss):
+        return True
+    mean, error = paired(best, after)
+    gained = first.loss - best.loss
+    return mean > max(4 * error, 0.5 * gained, _LITTLE * abs(first.loss))
+
+
+def divergence_limit(losses: Sequence[float]) -> float | None:
+    """A training loss as far above the first as this is no noise."""
+    if not losses:
+        return None
+    first = losses[0]
+    return first + 3 * abs(first) + 3 * (max(losses[:_FEW]) - min(losses))
+
+
+def paired(before: ProbeResult, after: ProbeResult) -> tuple[float, float]:
+    """Mean and standard error of the differences on the same evaluation batches."""
+    a, b = (np.asarray(r.evaluations[-1].losses) for r in (before, after))
+    difference = b - a
+    error = float(difference.std(ddof=1) / math.sqrt(len(difference))) if len(difference) > 1 else 0.0
+    return float(difference.mean()), error
