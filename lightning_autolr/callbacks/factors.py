@@ -26,6 +26,8 @@ class FactorSearchCallback(SearchCallback):
         every: optimizer steps between two decisions, or "epoch" as published.
         normalize: how losses become comparable.
         temperature: of the exponential score; smaller is nearer to "the lowest loss wins".
+        outlier_clip: a loss counts for no more than the loss before the step plus this many times the best candidate's gain,
+            so that one exploding candidate does not make the others look equal; None clips nothing, as published.
         evaluate_on: the batch of the update, the next one, or the validation batches.
         horizon: updates that make the direction.
         exact: make the updates anew for each factor, for optimizers that are not linear in their learning rate.
@@ -49,6 +51,7 @@ class FactorSearchCallback(SearchCallback):
         every: int | Literal["epoch"] = "epoch",
         normalize: Normalization = "zscore",
         temperature: float = 1.0,
+        outlier_clip: float | None = 3.0,
         evaluate_on: Literal["same", "next", "validation"] = "next",
         horizon: int = 1,
         exact: bool = False,
@@ -68,6 +71,7 @@ class FactorSearchCallback(SearchCallback):
             every=every,
             normalize=normalize,
             temperature=temperature,
+            outlier_clip=outlier_clip,
             evaluate_on=evaluate_on,
             horizon=horizon,
             exact=exact,
