@@ -7,14 +7,16 @@ import json
 import os
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
+import docstring_parser
 import yaml  # type: ignore[import-untyped]
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -41,7 +43,12 @@ class AutoLRCLI(LightningCLI):
             args=list(args),
             # A run folder that is used again is the user's wish; LightningCLI would refuse it.
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": "lightning-autolr", "description": _description()},
+            parser_kwargs={
+                "prog": "lightning-autolr",
+                "description": "Train with Lightning under learning rates that are found while you train.",
+                "epilog": _further_commands(),
+                "formatter_class": _Help,
+            },
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -150,31 +157,66 @@ def _commands() -> dict[str, Callable[..., int]]:
 def _run_command(name: str, function: Callable[..., int], arguments: list[str]) -> int:
     """Parse what stands before ``--`` by the function's signature; what stands after it is for ``fit``."""
     at = arguments.index("--") if "--" in arguments else len(arguments)
-    parameters = inspect.signature(function).parameters
-    parser = ArgumentParser(prog=f"lightning-autolr {name}", description=_first_line(function))
-    if "configs" in parameters:
-        parser.add_argument("configs", nargs="+", help="files for fit")
-    special: set[str | int] = {name for name in ("configs", "overrides") if name in parameters}
-    parser.add_function_arguments(function, as_positional=True, skip=special)
-    options = parser.parse_args(arguments[:at]).as_dict()
-    if "overrides" in parameters:
+    parser = _parser_of(name, function)
+    options = parser.parse_args([_dashed(argument) for argument in arguments[:at]]).as_dict()
+    if "overrides" in inspect.signature(function).parameters:
         options["overrides"] = arguments[at + 1 :]
     elif arguments[at + 1 :]:
         parser.error(f"{name} takes no arguments for fit, got {arguments[at + 1 :]}")
     try:
         return function(**options)
-    except FileNotFoundError as error:  # a wrong path is told from a bug by its message, not by where it happened
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        if not str(error).startswith("Expected "):  # not a message of ours to the user: a bug wants its traceback
+            raise
         print(f"lightning-autolr {name}: {error}", file=sys.stderr)
         return 2
+
+
+def _parser_of(name: str, function: Callable[..., int]) -> ArgumentParser:
+    """Options of a command: its parameters, with the types of their annotations and the help of its docstring.
+
+    A parameter without a default is positional, a list of them takes several, a bool is a flag.
+    """
+    said = docstring_parser.parse((function.__doc__ or "").replace("``", ""))
+    described = {parameter.arg_name: " ".join((parameter.description or "").split()) for parameter in said.params}
+    hints = get_type_hints(function)
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "overrides"]
+    rest = " [-- OPTION_OF_FIT ...]" if "overrides" in hints else ""
+    places = "".join(f" {p.name.upper()}" for p in parameters if p.default is p.empty).replace("CONFIGS", "CONFIG...")
+    parser = ArgumentParser(
+        prog=f"lightning-autolr {name}",
+        usage=f"lightning-autolr {name}{places} [OPTION ...]{rest}",
+        description=said.description or "",
+    )
+    for parameter in parameters:
+        words: dict[str, Any] = {"help": described[parameter.name]}
+        if parameter.default is parameter.empty:
+            several = get_origin(hints[parameter.name]) is list
+            words |= {"nargs": "+", "type": str} if several else {"type": hints[parameter.name]}
+            parser.add_argument(parameter.name, metavar="CONFIG" if several else parameter.name.upper(), **words)
+        else:
+            kind = {"action": "store_true"} if parameter.default is False else {"type": hints[parameter.name]}
+            parser.add_argument(f"--{parameter.name.replace('_', '-')}", default=parameter.default, **kind, **words)
+    return parser
+
+
+def _dashed(argument: str) -> str:
+    """``--max_lr=1`` is ``--max-lr=1``: either is taken."""
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if argument.startswith("--") else argument
 
 
 def _first_line(function: Callable[..., Any]) -> str:
     return (function.__doc__ or "").partition("\n")[0]
 
 
-def _description() -> str:
-    own = " ".join(f"{name}: {_first_line(function)}" for name, function in _commands().items())
-    return f"Train with Lightning under learning rates that are found while you train. Further commands: {own}"
+class _Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Help whose description and end are not folded."""
+
+
+def _further_commands() -> str:
+    lines = (f"  {name:<12} {_first_line(function)}" for name, function in _commands().items())
+    return "\n".join(("further commands (each has --help):", *lines))
 
 
 if __name__ == "__main__":

@@ -45,13 +45,13 @@ def compare(
     runs are not repeated unless their configuration changed. The status is 1 when a run failed.
 
     Args:
-        configs: files for ``fit``. Differences are taken to the first one.
+        configs: files for ``fit``; differences are taken to the first one.
         seeds: number of seeds: 0, 1, ...
         equal_total_steps: let search steps count in ``max_steps``, so that every run makes the same number in all.
-        metric: the value to compare, as logged on the test or validation data. Smaller is better unless its name ends
-            in acc or accuracy.
+        metric: the value to compare, as logged on the test or validation data; less is better unless its name ends in
+            acc or accuracy.
         engine: where the runs are made: in processes here, or as tasks of a Ray cluster.
-        jobs: runs at a time; with Ray, "as many as the cluster takes" is 0.
+        jobs: runs at a time; with Ray, 0 is as many as the cluster takes.
         out: folder for the runs, ``runs.csv``, ``comparison.json`` and ``comparison.html``.
         overrides: further arguments of ``fit``.
     """
@@ -85,7 +85,7 @@ def preview(
     """Plot the schedules of configurations without training.
 
     Args:
-        configs: files for ``fit``, with a ScheduleCallback each. What a search will find cannot be shown beforehand.
+        configs: files for ``fit``, with a ScheduleCallback each: what a search will find cannot be shown beforehand.
         total_steps: optimizer steps of the run; by default the configuration's ``trainer.max_steps``.
         out: picture to write, PNG, SVG or PDF by its ending.
         overrides: further arguments of ``fit``.
@@ -100,7 +100,7 @@ def preview(
         if not fixed:
             print(f"{name}: no ScheduleCallback in it, nothing to show before training.")
         elif length is None or length < 1:
-            raise ValueError(f"Expected a known number of steps for {path}, got {length}: pass `--total_steps`.")
+            raise ValueError(f"Expected a known number of steps for {path}, got {length}: pass `--total-steps`.")
         else:
             followed = fixed[0].schedule_to_follow
             schedules[name] = followed if followed.is_resolved else followed.stretched(length), fixed[0].peak_lr, length
@@ -192,7 +192,7 @@ def range_test(
     max_lr: float = 10.0,
     num_steps: int = 100,
     repeats: int = 3,
-    rule: Rule = "valley",
+    rule: Rule = "minimum",
     out: str = "runs/range_test",
     overrides: Sequence[str] = (),
 ) -> int:
@@ -204,7 +204,8 @@ def range_test(
         max_lr: top of the ladder.
         num_steps: rungs of the ladder.
         repeats: climbs with other batches each; their spread gives the interval.
-        rule: "valley", "steepest", "minimum" or "edge".
+        rule: a tenth of where the loss is lowest (for a constant learning rate), a quarter of where it runs away (when a
+            decay follows), the longest valley, or the steepest slope.
         out: folder for ``autolr/range_test.json`` and the picture.
         overrides: further arguments of ``fit``.
     """

@@ -188,8 +188,39 @@ def test_every_command_explains_its_options(command: str, capsys: pytest.Capture
         cli.main([command, "--help"])
     assert not end.value.code
     text = capsys.readouterr().out
-    assert f"lightning-autolr {command}" in text
+    assert text.startswith(f"usage: lightning-autolr {command} ")
     assert text.count("--") > 2
+    assert "``" not in text
+    assert not re.search(r"--[a-z]+_", text)
+    assert "{true,false}" not in text
+
+
+@pytest.mark.parametrize("flags", [["--equal-total-steps"], ["--equal_total_steps"], []])
+def test_flags_stand_alone_and_dashes_are_underscores(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def compare(configs: list[str], equal_total_steps: bool = False, out: str = "", overrides: Any = ()) -> int:
+        """Compare.
+
+        Args:
+            configs: files.
+            equal_total_steps: whether to count.
+            out: folder.
+            overrides: the rest.
+        """
+        given.update(locals())
+        return 0
+
+    monkeypatch.setattr(commands, "compare", compare)
+    assert cli.main(["compare", "a_b.yaml", "c.yaml", *flags, "--out=x_y", "--", "--trainer.max_steps=3"]) == 0
+    assert given["equal_total_steps"] is bool(flags)
+    assert (given["configs"], given["out"]) == (["a_b.yaml", "c.yaml"], "x_y")
+    assert given["overrides"] == ["--trainer.max_steps=3"]
+
+
+def test_a_flag_may_stand_before_the_configurations(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compare", "--equal-total-steps", "a.yaml", "a.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("lightning-autolr compare: Expected different configurations")
 
 
 @pytest.mark.parametrize(
@@ -251,8 +282,8 @@ def test_preview_shows_schedules_and_says_what_cannot_be_shown(
 
 
 def test_preview_needs_a_length(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match="--total_steps"):
-        cli.main(["preview", str(CONFIGS / "digits/linear.yaml"), "--", "--trainer.max_steps=-1"])
+    assert cli.main(["preview", str(CONFIGS / "digits/linear.yaml"), "--", "--trainer.max_steps=-1"]) == 2
+    assert "pass `--total-steps`" in capsys.readouterr().err
 
 
 def test_a_found_schedule_is_replayed_to_the_same_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,10 +310,11 @@ def test_a_schedule_is_refined_from_recorded_norms(tmp_path: Path, capsys: pytes
 
 
 def test_a_range_test_suggests_without_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--num_steps=10", "--repeats=1", f"--out={tmp_path}", "--", *QUIET[:2], "--trainer.accelerator=cpu"]
+    options = ["--num-steps=10", "--repeats=1", f"--out={tmp_path}", "--", *QUIET[:2], "--trainer.accelerator=cpu"]
     assert cli.main(["range-test", str(CONFIGS / "digits/constant.yaml"), *options]) == 0
     assert "Range tests" in capsys.readouterr().out
     assert (tmp_path / "autolr/range_test.json").exists()
+    assert (tmp_path / "autolr/range_test_epoch_0.png").exists()
     assert not (tmp_path / "result.json").exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch.callbacks import Callback
@@ -13,11 +14,14 @@ from typing_extensions import override
 
 from lightning_autolr.core.range_rules import RangeSuggestion, Rule
 from lightning_autolr.core.requests import Probe, Run, encode
+from lightning_autolr.engine import compat
+from lightning_autolr.engine.figure_log import FigureLog
 from lightning_autolr.engine.files import Place
 from lightning_autolr.engine.lr import LearningRate, rescale_configured
 from lightning_autolr.engine.probe import ProbeOptions, Prober
 from lightning_autolr.engine.ranks import decide
 from lightning_autolr.engine.steps import steps_per_batch
+from lightning_autolr.report.figures import range_test_figure
 from lightning_autolr.search.range_test import RangeTest
 
 __all__ = ["RangeTestCallback"]
@@ -44,6 +48,8 @@ class RangeTestCallback(Callback):
         apply: use the suggestion, when there is one.
         stop: end the run after the test.
         fork: where the copy of the training state lies.
+        figures: log a figure of each test, see :func:`lightning_autolr.report.figures.range_test_figure`; as a file in
+            ``<log_dir>/autolr/figures`` when no logger takes it. Needs matplotlib, without which there is none.
         seed: of the batches.
 
     Raises:
@@ -67,6 +73,7 @@ class RangeTestCallback(Callback):
         apply: bool = False,
         stop: bool = False,
         fork: Place = "device",
+        figures: bool = True,
         seed: int = 0,
     ) -> None:
         if not milestones or any(m < 0 for m in milestones):
@@ -75,6 +82,7 @@ class RangeTestCallback(Callback):
             raise ValueError(f"Expected unit to be 'epoch' or 'step', got {unit!r}.")
         self.search = RangeTest(min_lr, max_lr, num_steps, mode, repeats, rule, seed=seed)
         self.milestones, self.unit, self.apply, self.stop = frozenset(milestones), unit, apply, stop
+        self.figures = figures
         self.options = ProbeOptions(fork=fork, seed=seed)
         self.suggestions: dict[int, RangeSuggestion] = {}
         self._done: list[int] = []
@@ -124,6 +132,9 @@ class RangeTestCallback(Callback):
         found = "no suggestion" if suggestion.lr is None else f"{suggestion.lr:.3g}"
         rank_zero_info(f"RangeTestCallback at {self.unit} {now}: {found}. {suggestion.reason}")
         self._write(trainer)
+        if self.figures and trainer.is_global_zero and self._folder is not None:
+            log = FigureLog(trainer.loggers, self._folder)
+            log.log("range_test", partial(range_test_figure, suggestion), compat.logger_step(trainer))
         if self.apply and suggestion.lr is not None:
             rescale_configured(trainer.optimizers, [c.scheduler for c in trainer.lr_scheduler_configs], suggestion.lr)
         if self.stop:

@@ -63,19 +63,26 @@ class FigureLog:
             for name, draw in drawings_of_search(search).items():
                 if self._left > 0:
                     self._left -= 1
-                    self._log(name, draw, step)
+                    self.log(name, draw, step)
 
     def at_end(self, trace: Sequence[Entry], segments: Sequence[Segment], step: int) -> None:
         """Log the figures of the whole run; that of the schedule is written to ``schedule.png`` too."""
         drawings = drawings_of(trace, segments)
         for name in _OF_THE_RUN:
             if name in drawings:
-                self._log(name, drawings[name], step)
+                self.log(name, drawings[name], step)
         if "schedule" in drawings:
-            self._log("schedule", drawings["schedule"], step, Path(self._folder) / "schedule.png")
+            self.log("schedule", drawings["schedule"], step, Path(self._folder) / "schedule.png")
 
-    def _log(self, name: str, draw: Drawing, step: int, path: Path | None = None) -> None:
-        """Draw and log a figure; to a file in any case if ``path`` is given."""
+    def log(self, name: str, draw: Drawing, step: int, path: Path | None = None) -> None:
+        """Draw and log a figure, once; what goes wrong is said and does not end the run.
+
+        Args:
+            name: what it shows.
+            draw: makes it.
+            step: at which to log, as Lightning's loggers count it.
+            path: a file to write in any case; without it there is one in ``figures`` if no logger takes the figure.
+        """
         if not self._can_draw:
             return
         try:

@@ -8,4 +8,4 @@ import pytest
 @pytest.fixture(autouse=True)
 def _no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "test_figure_log" not in request.node.nodeid:
-        monkeypatch.setattr("lightning_autolr.engine.figure_log.FigureLog._log", lambda *_: None)
+        monkeypatch.setattr("lightning_autolr.engine.figure_log.FigureLog.log", lambda *_: None)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from lightning_autolr import RangeTestCallback
 from lightning_autolr.core.requests import Run, Train
 from lightning_autolr.engine import figure_log
 from lightning_autolr.engine.driver import SearchCallback
@@ -240,6 +241,22 @@ def test_a_run_with_csv_files(tmp_path: Path) -> None:
     assert (folder / "autolr" / "schedule.png").exists()
     assert yaml.safe_load((folder / "hparams.yaml").read_text()) == {"lr": 0.05}
     assert "autolr/search_seconds" in (folder / "metrics.csv").read_text().splitlines()[0]
+
+
+def test_a_range_test_is_drawn_where_it_was_made(tmp_path: Path) -> None:
+    board, files = TensorBoardLogger(tmp_path / "a"), CSVLogger(tmp_path / "b")
+    for logger in (board, files):
+        callback = RangeTestCallback(milestones=(1, 3), unit="step", num_steps=20, repeats=1)
+        fit_tiny(tmp_path, [callback], logger=logger)
+    assert [image.step for image in events(board.log_dir).Images("autolr/range_test")] == [1, 3]
+    figures = Path(files.log_dir) / "autolr" / "figures"
+    assert sorted(f.name for f in figures.iterdir()) == ["range_test_0000001.png", "range_test_0000003.png"]
+    assert not (Path(board.log_dir) / "autolr" / "figures").exists()
+
+
+def test_a_range_test_without_figures(tmp_path: Path) -> None:
+    fit_tiny(tmp_path, [RangeTestCallback(num_steps=20, repeats=1, figures=False)])
+    assert not list(tmp_path.rglob("*.png"))
 
 
 @pytest.mark.parametrize("options", [{"callback": {"figures": False}}, {"trainer": {"fast_dev_run": True}}])
