@@ -1,7 +1,8 @@
 """Pictures of a run, out of its trace: what was tried, what was expected of it, what was chosen.
 
-Every function takes plain values and returns a new matplotlib ``Figure`` of 640 x 420 pixels; nothing global is touched,
-pyplot is not used. :func:`figures_of` picks the ones that fit a trace.
+Every function takes plain values and returns a new matplotlib ``Figure`` of 720 x 540 pixels, with letters that can be
+read at half of that, the size at which TensorBoard shows it first. Nothing global is touched, pyplot is not used.
+:func:`figures_of` picks the ones that fit a trace.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
 
 _STYLE = {
     "font.size": 9,
-    "axes.titlesize": 9.5,
+    "axes.titlesize": 9,
     "axes.labelsize": 9,
     "legend.fontsize": 8,
     "xtick.labelsize": 8,
@@ -73,9 +74,9 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "hatch.linewidth": 0.5,
-    "lines.linewidth": 1.4,
+    "lines.linewidth": 1.3,
 }
-_MOST_POINTS = 300  # of a curve; more cannot be told apart in 640 pixels
+_MOST_POINTS = 300  # of a curve; more cannot be told apart
 _MANY_TIMES = 15  # from the lowest loss to the highest one: then their axis is logarithmic
 _MOST_TESTS = 8  # of AutoWU's tests that are repeated for its figure
 _FEWEST_LOSSES = 10  # for one of them
@@ -85,7 +86,7 @@ _TICKS = (
     (0.5, (1.0, 2.0, 5.0)),
     (0.0, (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)),
 )
-_WIDTH = 100  # characters of a line above a figure
+_WIDTH = 64  # characters of a line above a figure
 _ANNEALED = 1000  # an anneal to zero is shown down to this part of the largest learning rate
 
 
@@ -219,7 +220,7 @@ def schedule_figure(pieces: Sequence[Piece], searches: Sequence[Search] = ()) ->
     parts = [f"{total:,} steps trained"]
     parts += [f"{probed:,} of private search"] if probed else []
     parts += [f"{undone_steps:,} undone"] if undone_steps else []
-    figure.suptitle(", ".join(parts), fontsize=9.5)
+    figure.suptitle(", ".join(parts), fontsize=9)
     _legend(
         figure,
         ("learning rate and loss", _line(BLUE)),
@@ -291,7 +292,7 @@ def beam_figure(rounds: Sequence[Search]) -> Figure:
     _loss_limits(bottom, [y for _, y in finite])
     bottom.set(xlabel="optimizer step of the run", ylabel="score of a child\n(loss)")
     children = sum(len(s.candidates) for s in rounds)
-    figure.suptitle(f"beam search: {len(rounds)} rounds, {children} children tried", fontsize=9.5)
+    figure.suptitle(f"beam search: {len(rounds)} rounds, {children} children tried", fontsize=9)
     _legend(
         figure,
         ("trained, and the best score", _line(BLUE, "o", linestyle="-")),
@@ -341,7 +342,7 @@ def factors_figure(decisions: Sequence[Search]) -> Figure:
     bar = figure.colorbar(mesh, ax=[top, bottom], label="loss (standardised, dark is low)", ticks=(-2, 0, 2), pad=0.01)
     bar.outline.set_visible(False)
     last = decisions[-1].step
-    figure.suptitle(f"factor search: {len(decisions)} decisions in {last:,} steps", fontsize=9.5)
+    figure.suptitle(f"factor search: {len(decisions)} decisions in {last:,} steps", fontsize=9)
     _legend(
         figure,
         ("learning rate after the decision", _line(BLUE, "o", linestyle="-")),
@@ -367,7 +368,7 @@ def autowu_figure(pieces: Sequence[Piece]) -> Figure:
     climb = [piece for piece in pieces if _is_autowu(piece)]
     if not climb:
         raise ValueError("Expected a warm-up of AutoWU, got none.")
-    figure, (top, middle, bottom) = _panels((2, 1, 1))
+    figure, (top, middle, bottom) = _panels((1.6, 1, 1.1))
     begin, end = climb[0].start, climb[-1].stop
     found = _explained(climb)
     for piece in pieces:
@@ -390,14 +391,14 @@ def autowu_figure(pieces: Sequence[Piece]) -> Figure:
     middle.axhline(0.95, color=GREY, linewidth=0.8)
     _loss_limits(top, [loss for piece in climb for loss in piece.losses])
     top.set_ylabel("training loss")
-    middle.set(ylabel="P(minimum\nis past)", ylim=(-0.05, 1.05))
+    middle.set(ylabel="P(minimum\npast)", ylim=(-0.05, 1.05))
     _log_axis(bottom, floor=climb[0].segment(0))
     bottom.set(ylabel="learning\nrate", xlabel="optimizer step of the run")
     bottom.set_xlim(begin, min(pieces[-1].stop, begin + 2 * (end - begin)))
     after = next((p for p in pieces if p.start >= end and not p.segment.undone), None)
     figure.suptitle(
         f"warm-up from step {begin:,} to {end:,}" + ("" if after is None else f", then at {after.segment.lr:.3g}"),
-        fontsize=9.5,
+        fontsize=9,
     )
     _legend(
         figure,
@@ -436,7 +437,7 @@ def stage_figure(search: Search) -> Figure:
         top.plot(lrs, mean, color=BLUE)
         panels[1].fill_between(lrs, 0, gain, color=PURPLE, alpha=0.35, linewidth=0)
         panels[1].plot(lrs, gain, color=PURPLE)
-        panels[1].set_ylabel("expected\nimprovement")
+        panels[1].set_ylabel("expected\ngain")
         panels[1].set_ylim(bottom=0)
         heights += [float(x) for x in mean]
     top.errorbar(
@@ -454,11 +455,13 @@ def stage_figure(search: Search) -> Figure:
         top.axhline(base, color=GREY, linestyle=":")
     _log_axis(panels[-1], "x")
     panels[-1].set_xlabel("learning rate")
-    top.set_ylabel(_score_name(search))
+    top.set_ylabel("\n".join(textwrap.wrap(_score_name(search), 20)))
     title = f"search at step {search.step:,}: {len(search.candidates)} candidates"
     if search.train is not None:
-        title += f", chosen {search.train.lr:.3g}\n{textwrap.shorten(search.train.reason, _WIDTH, placeholder=' ...')}"
-    figure.suptitle(title.strip(), fontsize=9.5)
+        title += f", chosen {search.train.lr:.3g}\n" + "\n".join(
+            textwrap.wrap(search.train.reason, _WIDTH, max_lines=2, placeholder=" ...")
+        )
+    figure.suptitle(title.strip(), fontsize=9)
     _legend(
         figure,
         ("candidate ± error of the difference to the best" if errors else "candidate", _line("black", "o")),
@@ -537,7 +540,7 @@ def probes_figure(search: Search) -> Figure:
         bar.ax.plot(
             -0.35, search.train.lr, ">", color=RED, markersize=8, clip_on=False, transform=bar.ax.get_yaxis_transform()
         )
-    figure.suptitle(f"search at step {search.step:,}: probes of {longest:,} steps", fontsize=9.5)
+    figure.suptitle(f"search at step {search.step:,}: probes of {longest:,} steps", fontsize=9)
     evaluated = any(c.evaluations for c in search.candidates)
     _legend(
         figure,
@@ -577,7 +580,7 @@ def range_test_figure(suggestion: RangeSuggestion) -> Figure:
     axes.set(xlabel="learning rate", ylabel="training loss after the step")
     found = "no suggestion" if suggestion.lr is None else f"suggestion {suggestion.lr:.3g}"
     figure.suptitle(
-        f"range test, {len(suggestion.curves)} climb{'s' * (len(suggestion.curves) != 1)}: {found}", fontsize=9.5
+        f"range test, {len(suggestion.curves)} climb{'s' * (len(suggestion.curves) != 1)}: {found}", fontsize=9
     )
     _legend(
         figure,
@@ -697,7 +700,7 @@ def _stretches(pieces: Sequence[Piece]) -> list[tuple[int, list[float], bool]]:
 
 
 def _panels(heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
-    figure: Figure = _matplotlib().figure.Figure(figsize=(6.4, 4.2), dpi=100, layout="constrained")
+    figure: Figure = _matplotlib().figure.Figure(figsize=(4.8, 3.6), dpi=150, layout="constrained")
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=list(heights))
     return figure, list(axes[:, 0])
 
@@ -706,7 +709,7 @@ def _legend(figure: Figure, *items: tuple[str, Any] | None) -> None:
     """Below the axes, where it hides nothing."""
     known = [item for item in items if item is not None]
     handles, labels = [handle for _, handle in known], [label for label, _ in known]
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(known), 3), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, columnspacing=1.2)
 
 
 def _line(color: str, marker: str = "", linestyle: str = "", **style: Any) -> Any:

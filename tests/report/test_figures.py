@@ -114,13 +114,13 @@ def test_each_search_among_candidates_has_two() -> None:
 
 
 @pytest.mark.usefixtures("given_process")
-def test_they_are_png_of_640_by_420(tmp_path: Any) -> None:
+def test_they_are_png_of_720_by_540(tmp_path: Any) -> None:
     drawn = figures_of(TRACE, SEGMENTS)
     for name, figure in drawn.items():
         path = save_figure(figure, tmp_path / "sub" / f"{name}.png")
         header = path.read_bytes()[:24]
         assert header[:4] == b"\x89PNG"
-        assert (int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")) == (640, 420)
+        assert (int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")) == (720, 540)
     assert save_figure(drawn["schedule"], tmp_path / "schedule.svg").read_text().startswith("<?xml")
 
 
