@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -107,6 +107,8 @@ class Prober:
             self._at, self._sink, self._signals = "here", sink, signals
             try:
                 grads += take_gradients(self._module.parameters())
+                if self._module.automatic_optimization:
+                    grads.clear()  # at an accumulation boundary it has no use for old ones; a manual one may
                 self._here.capture()
                 yield self._here.fingerprint()
             finally:
@@ -116,8 +118,7 @@ class Prober:
                     self._lr.value, self._lr.momentum = lr, momentum
                     for parameter in self._module.parameters():
                         parameter.grad = None
-                    # At an accumulation boundary automatic optimization has no use for old gradients; a manual one may.
-                    for parameter, grad in () if self._module.automatic_optimization else grads:
+                    for parameter, grad in grads:
                         parameter.grad = grad
                     random_state.restore()
                     self.draws.close()
@@ -146,10 +147,7 @@ class Prober:
     def answer(self, request: Probe | LineProbe, new_id: str) -> ProbeResult | LineResult:
         """Answer one request; inside a session only."""
         self.note(request)
-        result = self._probe(request, new_id) if isinstance(request, Probe) else self._line_probe(request)
-        for state in request.release if isinstance(request, Probe) else ():
-            self.release(state)
-        return result
+        return self._probe(request, new_id) if isinstance(request, Probe) else self._line_probe(request)
 
     def keep(self, new_id: str) -> None:
         """Keep the present state of the real run."""
@@ -167,14 +165,13 @@ class Prober:
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
-        """Put the present state back at the end of the block."""
-        present = self._new_fork()
-        present.capture()
+        """Put the present state back at the end of the block. Between sessions only: their copy is used."""
+        self._here.capture()
         try:
             yield
         finally:
-            present.restore()
-            present.release()
+            self._here.restore()
+            self._here.release()
 
     @property
     def kept(self) -> dict[str, Fork]:
@@ -234,9 +231,10 @@ class Prober:
                 status = self._survives(score, step + 1, self._evaluate, request)
             if status is Status.DIVERGED:
                 break
+        for state in request.release:
+            self.release(state)
         if request.keep_end:
-            self._kept[new_id] = self._new_fork()
-            self._kept[new_id].capture()
+            self.keep(new_id)
         if status is Status.OK and request.evaluate != "none":
             status = self._survives(score, request.num_steps, self._evaluate, request)
         return ProbeResult(tuple(losses), tuple(evaluations), status, new_id if request.keep_end else None)
@@ -327,10 +325,23 @@ class Prober:
         return losses
 
     def _check_linear(self, request: LineProbe) -> bool:
-        once, twice = (self._update(request, scale * request.lr, 1) for scale in (1.0, 2.0))
-        error = sum(float((2 * a - b).double().square().sum()) for a, b in zip(once, twice, strict=True))
-        size = sum(float(b.double().square().sum()) for b in twice)
-        return error <= 1e-4 * size
+        """Whether twice the learning rate makes twice the update.
+
+        Where updates are too small to be told from the rounding of the weights, larger ones are looked at.
+        """
+        for scale in (1.0, 1e3, 1e6):
+            once, twice = (self._update(request, s * request.lr, 1) for s in (scale, 2 * scale))
+            weights = [local_tensor(p) for p in self._module.parameters()]
+            here = (
+                _squares(2 * a - b for a, b in zip(once, twice, strict=True)),
+                _squares(twice),
+                _squares(torch.finfo(w.dtype).eps * w for w in weights),
+            )
+            # of all ranks' pieces of the weights, so that all go on alike
+            error, size, rounding = (math.fsum(values) for values in zip(*gather(here), strict=True))
+            if size > 1e5 * rounding:
+                break
+        return error <= 1e-4 * size + 4 * rounding
 
     @torch.no_grad()
     def _update(self, request: LineProbe, lr: float, num_steps: int) -> list[Tensor]:
@@ -384,3 +395,7 @@ class Prober:
         RandomState.seed(
             mix(self._options.seed, draw, offset, 1 + self._trainer.global_rank), self._strategy.root_device
         )
+
+
+def _squares(tensors: Iterable[Tensor]) -> float:
+    return sum(float(t.double().square().sum()) for t in tensors)

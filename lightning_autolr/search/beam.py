@@ -34,9 +34,9 @@ class BeamSearch(AbstractSearch):
     M = 1 this never happens.
 
     **Cost** of a round, in intervals: M N for the children, M - 1 to train the other survivors once more, since their
-    ends were not kept the first time, and 1 real one. **Memory**: at most M + 1 kept states, beside the engine's copy
-    of the real run while it probes. With ``keep_ends`` nothing is trained twice, and at most 2 M + 1 states are kept.
-    A state is given up in the first request after which nothing can need it. M = 1 keeps the real run's undo, no more.
+    ends were not kept the first time, and 1 real one. **Memory**: at most M kept states, beside the engine's copy of
+    the real run while it probes. With ``keep_ends`` nothing is trained twice, and at most 2 M states are kept. A state
+    is given up in the first request after which nothing can need it. M = 1 keeps the real run's undo, no more.
 
     If no child of a round is finite, the round is repeated with all learning rates times the smallest factor. If the
     real run diverges where its child did not, the next best state takes over, or with M = 1 the segment is undone.
