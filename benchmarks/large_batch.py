@@ -174,7 +174,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             name = method + ("" if lr is None else f", {'tuned, ' if method in TUNED else ''}LR {lr:.2g}")
             arms[name] = {r["seed"]: r for r in of if r["lr"] == lr}
         oracle = next((arm for name, arm in arms.items() if name.startswith(f"{ORACLE}, tuned")), {})
-        lines += ["", f"### Batch size {batch_size:,}: {mine[0]['steps']:,} steps" if mine else "", ""]
+        if not mine:
+            continue
+        lines += ["", f"### Batch size {batch_size:,}: {mine[0]['steps']:,} steps", ""]
         lines += ["| method | test loss | against the tuned cosine (95 %) | test accuracy, % | undone | search | s |"]
         lines += ["|---|--:|--:|--:|--:|--:|--:|"]
         for name, arm in sorted(arms.items(), key=lambda item: _mean(item[1], "test_loss")):

@@ -37,6 +37,8 @@ class FactorSearchCallback(SearchCallback):
         smoothing: of the logarithm of the factor, in [0, 1).
         back_off: decide more rarely as long as the factor is within this of 1; None never does.
         start_rounds: decisions before the first real step, at most.
+        guard: undo the steps since the last decision, and make them at a lower learning rate, when a training loss is this many
+            times the highest loss that any decision began with; None never does, and keeps no state.
         shuffle_scores: the control arm: same cost, no information.
         options: see :class:`~lightning_autolr.engine.driver.SearchCallback`.
 
@@ -61,6 +63,7 @@ class FactorSearchCallback(SearchCallback):
         smoothing: float = 0.0,
         back_off: float | None = None,
         start_rounds: int = 1,
+        guard: float | None = 4.0,
         shuffle_scores: bool = False,
         **options: Any,
     ) -> None:
@@ -81,6 +84,7 @@ class FactorSearchCallback(SearchCallback):
             smoothing=smoothing,
             back_off=back_off,
             start_rounds=start_rounds,
+            guard=guard,
             shuffle_scores=shuffle_scores,
             seed=self.probe_options.seed,
         )

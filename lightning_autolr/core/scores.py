@@ -139,13 +139,14 @@ def normalize(losses: ArrayLike, how: Normalization = "zscore", base: float | No
     if _equal(y):
         return np.zeros_like(y)
     low = y.min()
+    spread = (y - low) / np.ptp(y)  # in [0, 1]: squares of tiny losses would underflow
     match how:
         case "zscore":
-            return np.asarray(stats.zscore(y, ddof=1))
+            return np.asarray(stats.zscore(spread, ddof=1))
         case "zscore_population":
-            return np.asarray(stats.zscore(y))
+            return np.asarray(stats.zscore(spread))
         case "minmax":
-            return np.asarray((y - low) / (y.max() - low))
+            return spread
         case "softmax":
             return np.asarray(special.softmax(y))
         case "sum":
@@ -154,7 +155,7 @@ def normalize(losses: ArrayLike, how: Normalization = "zscore", base: float | No
             return np.asarray((stats.rankdata(y) - 1) / (y.size - 1))
         case _:
             assert base is not None
-            return np.asarray((y - low) / max(abs(base - low), 1e-12 * np.ptp(y)))
+            return np.asarray(spread / max(abs(base - low) / np.ptp(y), 1e-12))
 
 
 def _equal(y: Array) -> bool:

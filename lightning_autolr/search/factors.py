@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from lightning_autolr.core.requests import LineProbe, LineResult, Requests, Run, Train
+from lightning_autolr.core.requests import LineProbe, LineResult, Requests, Run, Status, Train, TrainResult
 from lightning_autolr.core.scores import Normalization, scored_factor
 from lightning_autolr.search.base import AbstractSearch
 
@@ -18,6 +18,7 @@ __all__ = ["FactorSearch"]
 
 _SETTLED = 0.02  # a factor this near to 1 says that the learning rate fits
 _LONGEST = 8  # times ``every``, however often nothing changes
+_RETRIES = 10  # of a segment in which the loss ran away
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class FactorSearch(AbstractSearch):
     r"""Every so many steps, try one update at several sizes; the learning rate follows the factor they speak for.
 
     :math:`\eta \leftarrow F \eta` with F from :func:`~lightning_autolr.core.scores.scored_factor`, then clipped to the
-    bounds. A decision costs one forward and backward pass, ``len(factors)`` forward passes, and the memory of one copy
-    of the weights.
+    bounds. A decision costs one forward and backward pass, ``len(factors) + 1`` forward passes, and the memory of the
+    update and of one copy of the training state, whatever the number of factors; ``guard`` keeps another copy.
 
     Differs from the published method (POSTECH CSED538, 2024, algorithm 1):
 
@@ -37,7 +38,7 @@ class FactorSearch(AbstractSearch):
 
     What its authors list as limits, and what to do about them: memory and time, one direction and forward passes
     instead of a model per factor; a score that weighs the losses badly, ``temperature`` or ``normalize="improvement"``;
-    a bad start, ``start_rounds``; a horizon of one step, ``horizon`` and ``smoothing``.
+    a bad start, ``guard`` and ``start_rounds``; a horizon of one step, ``horizon`` and ``smoothing``.
 
     Args:
         factors: multiples of the learning rate to try, distinct and > 0. Their product should be 1, or the learning
@@ -59,6 +60,9 @@ class FactorSearch(AbstractSearch):
         back_off: double the interval, up to 8 times ``every``, as long as F is within this of 1; None never does.
         start_rounds: decisions to make before the first real step, at most; they end once F is within 2 % of 1. From 2
             on, a start value that is off by orders of magnitude is put right before it can do harm.
+        guard: a segment in which a training loss rises above ``guard`` times the highest loss that any decision began
+            with, > 1, is undone and made again at the smallest factor (half of the learning rate, at most): one update
+            does not show what momentum makes of many. None keeps no state, and undoes nothing.
         shuffle_scores: deal the losses out to the factors at random: same cost, same step sizes, no information.
         seed: of the shuffle.
 
@@ -88,6 +92,7 @@ class FactorSearch(AbstractSearch):
     smoothing: float = 0.0
     back_off: float | None = None
     start_rounds: int = 1
+    guard: float | None = 4.0
     shuffle_scores: bool = False
     seed: int = 0
 
@@ -102,6 +107,8 @@ class FactorSearch(AbstractSearch):
             raise ValueError(f"Expected horizon and start_rounds >= 1, got {self.horizon=} and {self.start_rounds=}.")
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"Expected 0 <= smoothing < 1, got {self.smoothing=}.")
+        if self.guard is not None and not self.guard > 1:
+            raise ValueError(f"Expected guard > 1 or None, got {self.guard=}.")
         if self.back_off is not None and not self.back_off > 0:
             raise ValueError(f"Expected back_off > 0 or None, got {self.back_off=}.")
         self._factor(
@@ -127,9 +134,10 @@ class FactorSearch(AbstractSearch):
                 "Expected validation batches for evaluate_on='validation', got none. Use evaluate_on='next'."
             )
         lr = self._within(run.lr if self.initial_lr is None else self.initial_lr)
-        interval, log_step, started = every, 0.0, False
+        interval, log_step, started, highest = every, 0.0, False, -math.inf
+        kept: str | None = None
         for number in itertools.count():
-            answer = yield LineProbe(
+            answer: LineResult = yield LineProbe(
                 lr=lr,
                 factors=self.factors,
                 draw=number,
@@ -148,13 +156,34 @@ class FactorSearch(AbstractSearch):
             settled = self.back_off is not None and abs(factor - 1) <= self.back_off
             interval = min(2 * interval, _LONGEST * every) if settled else every
             tried = ", ".join(f"{loss:.4g} at x {f:.3g}" for f, loss in zip(self.factors, answer.losses, strict=True))
-            yield Train(
+            if math.isfinite(answer.base):
+                highest = max(highest, answer.base)
+            train = Train(
                 lr=lr,
                 num_steps=interval,
+                keep_start=self.guard is not None,
+                stop_above=self._ceiling(highest),
                 stage=number,
                 label=f"factor search, decision {number + 1}",
                 reason=f"factor {factor:.4g} out of the losses {tried}, from {answer.base:.4g}",
+                release=() if kept is None else (kept,),
             )
+            trained: TrainResult = yield train
+            if self.guard is None:
+                continue
+            kept = trained.start
+            for _ in range(_RETRIES):
+                if trained.status is Status.OK or kept is None:
+                    break
+                lr = self._within(lr * min(*self.factors, 0.5))
+                trained = yield replace(
+                    train, lr=lr, start=kept, keep_start=False, release=(), reason="The training loss ran away: undone."
+                )
+
+    def _ceiling(self, highest: float) -> float | None:
+        if self.guard is None:
+            return None
+        return highest + (self.guard - 1) * abs(highest) if math.isfinite(highest) else math.inf
 
     def _factor(self, answer: LineResult, number: int) -> float:
         losses = answer.losses

@@ -160,3 +160,12 @@ def test_units_and_level_of_the_loss_do_not_matter(
 def test_errors(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("normalization", ["zscore", "zscore_population", "minmax", "rank", "improvement"])
+@pytest.mark.parametrize("unit", [1e-300, 1e-150, 1e99])
+def test_losses_of_any_size(normalization: Normalization, unit: float) -> None:
+    """What squares of them would underflow to is no matter."""
+    losses = np.array([1.0, 0.9, 1.2])
+    one, other = (scored_factor([2, 1, 0.5], losses * u, 1.1 * u, normalization=normalization) for u in (1.0, unit))
+    assert other == pytest.approx(one, rel=1e-9)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_autolr.core.requests import LineProbe, LineResult, Run, Train, decode, encode
+from lightning_autolr.core.requests import LineProbe, LineResult, Run, Train, TrainResult, decode, encode
 from lightning_autolr.core.scores import scored_factor
 from lightning_autolr.search.base import replay
 from lightning_autolr.search.factors import FactorSearch
@@ -69,7 +69,7 @@ def test_each_decision_draws_its_own_batches_and_asks_where_it_was_told() -> Non
 
 
 def test_smoothing_spreads_a_decision_and_keeps_its_total() -> None:
-    requests = FactorSearch(THREE, every=1, smoothing=0.5).requests(Run(lr=0.1))
+    requests = FactorSearch(THREE, every=1, smoothing=0.5, guard=None).requests(Run(lr=0.1))
     clear, silent = LineResult(1.0, (0.0, 1.0, 1.0)), LineResult(1.0, (1.0, 1.0, 1.0))
     factor = scored_factor(THREE, clear.losses, 1.0)
     next(requests)
@@ -82,7 +82,7 @@ def test_smoothing_spreads_a_decision_and_keeps_its_total() -> None:
 
 
 def test_back_off_doubles_the_interval_while_nothing_changes() -> None:
-    requests = FactorSearch(THREE, every=3, back_off=0.02).requests(Run(lr=0.1))
+    requests = FactorSearch(THREE, every=3, back_off=0.02, guard=None).requests(Run(lr=0.1))
     steps = []
     for losses in [(1.0, 1.0, 1.0)] * 5 + [(0.0, 1.0, 1.0)] + [(1.0, 1.0, 1.0)]:
         next(requests)
@@ -92,7 +92,7 @@ def test_back_off_doubles_the_interval_while_nothing_changes() -> None:
 
 def test_start_rounds_put_a_bad_start_right_before_the_first_real_step() -> None:
     # from lr = 9 one decision leaves a rate that still diverges
-    once = run_toy(FactorSearch(every=5, initial_lr=9.0), QUADRATIC, 5)
+    once = run_toy(FactorSearch(every=5, initial_lr=9.0, guard=None), QUADRATIC, 5)
     assert abs(once.state[0]) > 1
     search = FactorSearch(every=5, initial_lr=9.0, start_rounds=10)
     run = run_toy(search, QUADRATIC, 10)
@@ -101,6 +101,38 @@ def test_start_rounds_put_a_bad_start_right_before_the_first_real_step() -> None
     assert run.train_lrs[0] < 2
     assert max(run.losses) == run.losses[0]
     assert [type(request) for request, _ in run.trace[first:]] == [Train, LineProbe, Train]
+
+
+@pytest.mark.parametrize("start", [9.0, 100.0])
+def test_the_guard_undoes_what_ran_away(start: float) -> None:
+    """From 9 one decision leaves a rate that diverges within a segment: every rate above 2 does."""
+    run = run_toy(FactorSearch(every=20, initial_lr=start), QUADRATIC, 400)
+    first, second = (request for request, _ in run.trace[1:3])
+    assert isinstance(first, Train)
+    assert isinstance(second, Train)
+    assert first.stop_above == 4 * 0.5
+    assert (second.lr, second.start, second.keep_start) == (first.lr / 4, run.trace[1][1].start, False)
+    assert run.train_lrs[-1] < 2
+    assert abs(run.state[0]) < 1e-3
+    assert run.most_kept == 1
+    unguarded = run_toy(FactorSearch(every=20, initial_lr=start, guard=None), QUADRATIC, 400)
+    assert max(run.losses) < 1e-6 * max(unguarded.losses)
+    assert unguarded.most_kept == 0
+
+
+def test_the_guard_changes_nothing_in_a_good_run() -> None:
+    one, other = (run_toy(FactorSearch(every=5, guard=guard), noisy_quadratic(), 100) for guard in (4.0, None))
+    assert one.train_lrs == other.train_lrs
+    assert np.array_equal(one.state, other.state)
+
+
+def test_the_guard_knows_losses_below_zero() -> None:
+    requests = FactorSearch(every=5, guard=3.0).requests(Run(lr=0.1))
+    next(requests)
+    assert requests.send(LineResult(-2.0, (-2.0,) * 5)).stop_above == pytest.approx(2.0)
+    assert isinstance(requests.send(TrainResult((-2.0,) * 5, start="a")), LineProbe)
+    after = requests.send(LineResult(math.nan, (math.nan,) * 5))
+    assert (after.stop_above, after.release) == (2.0, ("a",))
 
 
 def test_the_rate_stays_within_the_bounds_and_comes_to_rest_on_them() -> None:
@@ -113,7 +145,7 @@ def test_the_rate_stays_within_the_bounds_and_comes_to_rest_on_them() -> None:
 
 
 def test_a_step_into_nan_shrinks_the_rate() -> None:
-    requests = FactorSearch(every=1).requests(Run(lr=1.0))
+    requests = FactorSearch(every=1, guard=None).requests(Run(lr=1.0))
     for expected in (0.25, 0.0625):
         next(requests)
         assert requests.send(LineResult(math.nan, (math.nan,) * 5)).lr == pytest.approx(expected)
@@ -122,7 +154,7 @@ def test_a_step_into_nan_shrinks_the_rate() -> None:
 def test_the_shuffled_arm_knows_nothing_and_costs_the_same() -> None:
     # the same losses every time: the real arm makes the same decision each time, the other one wanders
     def run(**options: Any) -> list[float]:
-        requests = FactorSearch(THREE, every=1, max_lr=1e90, min_lr=1e-90, **options).requests(Run(lr=1.0))
+        requests = FactorSearch(THREE, every=1, max_lr=1e90, min_lr=1e-90, guard=None, **options).requests(Run(lr=1.0))
         rates = [1.0]
         for _ in range(400):
             next(requests)
@@ -169,6 +201,7 @@ def test_a_recorded_search_is_continued() -> None:
         ({"start_rounds": 0}, "start_rounds"),
         ({"smoothing": 1.0}, "smoothing"),
         ({"back_off": 0.0}, "back_off"),
+        ({"guard": 1.0}, "guard"),
         ({"temperature": 0.0}, "temperature"),
         ({"normalize": "mean"}, "Expected one of"),
         ({"outlier_clip": -1.0}, "outlier_clip"),
