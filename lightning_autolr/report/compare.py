@@ -96,14 +96,14 @@ class Comparison:
             f"{self.metric} - {self.methods[0].name}": "" if reference else _signed(method.difference) + interval,
             "steps": f"{method.schedule_steps:.0f}",
             "+ search": f"{method.search_steps:.0f}",
-            "seconds": f"{method.seconds:.0f} ({method.search_seconds:.0f})",
+            "seconds (in search)": f"{method.seconds:.0f} ({method.search_seconds:.0f})",
         }
 
     def table(self) -> Table:
         """The table for a terminal."""
         table = Table(
             box=box.SIMPLE,
-            caption="mean ± standard error; differences with paired 95 % bootstrap intervals; (seconds in search)",
+            caption="mean ± standard error; differences with paired 95 % bootstrap intervals",
         )
         rows = self.rows()
         for name in rows[0]:

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lightning_autolr.core.requests import LineProbe, ProbeResult
 from lightning_autolr.report.trace import read_trace
@@ -92,6 +93,7 @@ def comparison_figure(
         metric: its name.
     """
     figure = Figure(figsize=(13, 8.5), layout="constrained")
+    figure.get_layout_engine().set(hspace=0.06, wspace=0.04)  # type: ignore[union-attr, call-arg]
     axes = figure.subplots(2, 2)
     (lr, schedule), (final, total) = axes
     palette = colormaps["tab10" if len(courses) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
@@ -147,6 +149,11 @@ def _label(axis: Axes, y: str, x: str, log: bool) -> None:
     axis.set(xlabel=x, ylabel=y)
     if log:
         axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        between = (1.0, 2.0, 5.0) if high < 300 * low else (1.0,)
+        axis.yaxis.set_major_locator(LogLocator(subs=between, numticks=10))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 

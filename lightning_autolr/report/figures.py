@@ -42,7 +42,7 @@ __all__ = [
     "range_test_figure",
     "save_figure",
     "schedule_figure",
-    "stage_figure",
+    "candidates_figure",
 ]
 
 Array = NDArray[np.float64]
@@ -93,7 +93,7 @@ _ANNEALED = 1000  # an anneal to zero is shown down to this part of the largest 
 def figures_of(trace: Sequence[Entry], segments: Sequence[Segment]) -> dict[str, Figure]:
     """All figures that fit a trace, by name.
 
-    ``schedule`` for every run that trained; ``stage_000`` and ``probes_000`` for each search among candidates;
+    ``schedule`` for every run that trained; ``candidates_000`` and ``probes_000`` for each search among candidates;
     ``range_test_000`` for each range test; ``beam``, ``factors`` and ``autowu`` where there was such a search.
 
     Args:
@@ -127,13 +127,13 @@ def drawings_of(trace: Sequence[Entry], segments: Sequence[Segment]) -> dict[str
 
 
 def drawings_of_search(search: Search) -> dict[str, Drawing]:
-    """The figures of one search alone, not drawn yet: ``stage`` and ``probes``, or ``range_test``, or nothing."""
+    """The figures of one search alone, not drawn yet: ``candidates`` and ``probes``, or ``range_test``, or nothing."""
     if search.kind == "range test":
         return {"range_test": lambda: range_test_figure(range_suggestion(search))}
     if search.kind != "candidates" or len(search.candidates) < 2:
         return {}
     return {
-        "stage": functools.partial(stage_figure, search),
+        "candidates": functools.partial(candidates_figure, search),
         "probes": functools.partial(probes_figure, search),
     }
 
@@ -414,7 +414,7 @@ def autowu_figure(pieces: Sequence[Piece]) -> Figure:
 
 
 @_styled
-def stage_figure(search: Search) -> Figure:
+def candidates_figure(search: Search) -> Figure:
     """The candidates of one search with their scores, and the Gaussian process that chose among them.
 
     Bars are standard errors of the paired differences to the best candidate. The process is fitted again to the scores of

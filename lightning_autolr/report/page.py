@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from lightning_autolr.report.compare import Comparison
 from lightning_autolr.report.curves import comparison_figure, read_course
+from lightning_autolr.report.jobs import Run
 
 __all__ = ["write_page"]
 
@@ -42,7 +43,7 @@ def write_page(comparison: Comparison, path: Path) -> Path:
         failures=comparison.failures,
         logs=[_tail(run.folder / "log.txt") for run in comparison.failures],
         figure=_svg(comparison_figure(courses, finals, comparison.metric)),
-        configs={run.name: (run.folder / "job.yaml").read_text() for run in reversed(comparison.runs)},
+        configs={n: next(_job(run) for run in comparison.runs if run.name == n) for n in names},
     )
     path.write_text(page, encoding="utf-8")
     return path
@@ -54,6 +55,10 @@ def _svg(figure: Figure) -> Markup:
     with matplotlib.rc_context({"svg.hashsalt": "autolr"}):  # equal data, equal page
         figure.savefig(text, format="svg", metadata={"Date": None})
     return Markup(text.getvalue()[text.getvalue().index("<svg") :])
+
+
+def _job(run: Run) -> str:
+    return (run.folder / "job.yaml").read_text()
 
 
 def _tail(log: Path) -> str:

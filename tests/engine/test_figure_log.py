@@ -217,10 +217,12 @@ def test_a_run_with_tensorboard(tmp_path: Path) -> None:
     trainer, _ = fit_tiny(tmp_path, [Search(Stages())], WithHyperparameters(), logger=logger, log_every_n_steps=1)
     seen = events(logger.log_dir)
     assert {name: [x.step for x in seen.Images(name)] for name in seen.Tags()["images"]} == {
-        "autolr/stage": [0, 3],
+        "autolr/candidates": [0, 3],
         "autolr/probes": [0, 3],
         "autolr/schedule": [6],
     }
+    # TensorBoard shows a name in one place only: a figure called as a number is would hide it, or be hidden
+    assert not set(seen.Tags()["images"]) & set(seen.Tags()["scalars"])
     assert (Path(logger.log_dir) / "autolr" / "schedule.png").read_bytes().startswith(PNG)
     assert not (Path(logger.log_dir) / "autolr" / "figures").exists()
     steps = [x.step for x in seen.Scalars("autolr/search_steps")]
@@ -237,7 +239,7 @@ def test_a_run_with_csv_files(tmp_path: Path) -> None:
     fit_tiny(tmp_path, [Search(Stages())], WithHyperparameters(), logger=logger, log_every_n_steps=1)
     folder = Path(logger.log_dir)
     names = sorted(f.name for f in (folder / "autolr" / "figures").iterdir())
-    assert names == [f"{name}_000000{step}.png" for name in ("probes", "stage") for step in (0, 3)]
+    assert names == [f"{name}_000000{step}.png" for name in ("candidates", "probes") for step in (0, 3)]
     assert (folder / "autolr" / "schedule.png").exists()
     assert yaml.safe_load((folder / "hparams.yaml").read_text()) == {"lr": 0.05}
     assert "autolr/search_seconds" in (folder / "metrics.csv").read_text().splitlines()[0]

@@ -33,6 +33,7 @@ from lightning_autolr.report.figures import (
     GREEN,
     autowu_figure,
     beam_figure,
+    candidates_figure,
     drawings_of,
     drawings_of_search,
     factors_figure,
@@ -41,7 +42,6 @@ from lightning_autolr.report.figures import (
     range_test_figure,
     save_figure,
     schedule_figure,
-    stage_figure,
 )
 from lightning_autolr.report.inspect import Candidate, Search, pieces_of, range_suggestion, searches_of
 from lightning_autolr.report.trace import Entry
@@ -108,7 +108,7 @@ def test_what_fits_a_trace(search: Any, names: set[str]) -> None:
 
 
 def test_each_search_among_candidates_has_two() -> None:
-    assert set(drawings_of(TRACE, SEGMENTS)) == {"schedule", "stage_000", "probes_000"}
+    assert set(drawings_of(TRACE, SEGMENTS)) == {"schedule", "candidates_000", "probes_000"}
     assert drawings_of([], []) == {}
     assert drawings_of_search(Search(0, "candidates", 0, 0, (), (Candidate(0.1, 1.0),))) == {}
 
@@ -243,7 +243,7 @@ def test_autowu_shows_the_minimum_and_the_switch() -> None:
 
 @pytest.mark.usefixtures("given_process")
 def test_stage_shows_scores_errors_process_and_choice() -> None:
-    top, below = stage_figure(candidates()).axes
+    top, below = candidates_figure(candidates()).axes
     (scores,) = top.containers
     assert list(scores[0].get_xdata()) == [0.01, 0.1, 0.3]
     assert list(scores[0].get_ydata()) == [3.0, 1.0, 1.5]
@@ -262,7 +262,7 @@ def test_stage_shows_scores_errors_process_and_choice() -> None:
 
 def test_stage_without_enough_for_a_process() -> None:
     pairs = [probe(0.1, [2.0], [1.0, 1.2]), probe(0.2, [2.0], [0.9, 1.0])]
-    (only,) = stage_figure(candidates(entries_of(pairs))).axes
+    (only,) = candidates_figure(candidates(entries_of(pairs))).axes
     assert not lines(only, BLUE)
 
 

@@ -271,5 +271,5 @@ def test_main_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert sorted(f.name for f in (tmp_path / "figures").iterdir()) == [
         "probes_000.png",
         "schedule.png",
-        "stage_000.png",
+        "candidates_000.png",
     ]
