@@ -139,7 +139,7 @@ def normalize(losses: ArrayLike, how: Normalization = "zscore", base: float | No
     if _equal(y):
         return np.zeros_like(y)
     low = y.min()
-    spread = (y - low) / np.ptp(y)  # in [0, 1]: squares of tiny losses would underflow
+    spread: Array = np.asarray((y - low) / np.ptp(y))  # in [0, 1]: squares of tiny losses would underflow
     match how:
         case "zscore":
             return np.asarray(stats.zscore(spread, ddof=1))
