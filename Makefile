@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install lint test test-slow test-all demo demo-short bench
+.PHONY: install lint test test-slow test-browser test-all docs linkcheck demo demo-short bench
 
 $(BIN)/lightning-autolr: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,10 +29,25 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 test: install
 	$(PYTEST)
 
+# Ray has no wheel for every Python: without it its test skips, and says so.
 test-slow: install
-	$(PYTEST) -m "slow and not browser"
+	-$(BIN)/pip install --quiet --editable ".[ray]"
+	$(PYTEST) -m "slow and not browser" -rs
 
-test-all: test test-slow
+# What a user sees in TensorBoard and on a comparison's page; needs chromium, as in `apt-get install chromium`.
+test-browser: install
+	$(BIN)/pip install --quiet --editable ".[browser]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser -rs tests/test_browser.py
+
+test-all: test test-slow test-browser
+
+docs: install
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+# Links to other sites too, so it needs the network.
+linkcheck: docs
+	$(BIN)/sphinx-build -q -b linkcheck docs docs/_build/linkcheck
 
 bench: install
 	$(BIN)/pip install --quiet --editable ".[bench]"

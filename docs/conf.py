@@ -8,4 +8,6 @@ autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 html_theme = "furo"
 exclude_patterns = ["_build"]
-nitpicky = False
+nitpicky = False  # types of torch and Lightning are not linked
+myst_heading_anchors = 3
+linkcheck_anchors_ignore_for_url = [r"https://github\.com/.*"]  # made by scripts
