@@ -46,7 +46,9 @@ def picture(run_dir: str) -> Figure:
         top.plot(piece.start + steps, lrs, **style)
         bottom.plot(piece.start + steps, piece.losses, linewidth=0.8, color=GREY if undone else BLUE, alpha=0.7)
         for panel in (top, bottom) if undone else ():
-            panel.axvspan(piece.start, piece.stop, facecolor="0.93", edgecolor="0.75", hatch="///", linewidth=0, zorder=0)
+            panel.axvspan(
+                piece.start, piece.stop, facecolor="0.93", edgecolor="0.75", hatch="///", linewidth=0, zorder=0
+            )
     for s in run.searches:
         if s.steps:
             top.plot(s.step, 0, "v", color=ORANGE, markersize=9, clip_on=False, zorder=5)
