@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "autowu_figure",
     "beam_figure",
+    "candidates_figure",
     "drawings_of",
     "drawings_of_search",
     "factors_figure",
@@ -42,7 +43,6 @@ __all__ = [
     "range_test_figure",
     "save_figure",
     "schedule_figure",
-    "candidates_figure",
 ]
 
 Array = NDArray[np.float64]

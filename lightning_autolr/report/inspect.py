@@ -10,7 +10,8 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,6 +45,8 @@ __all__ = [
 Kind = Literal["candidates", "beam", "factors", "range test", "look"]
 
 _MOST_ROWS = 40  # of a printed table; the CSV has all
+_WIDTH = 140
+_JUMP = 1.5  # from one piece to the next: less is the same schedule going on
 
 
 @dataclass(frozen=True)
@@ -261,7 +264,7 @@ class Inspection:
     def tables(self) -> list[Table]:
         """The account, what was trained and why, what was tried and what was chosen."""
         return [
-            self._account_table(),
+            *([self._account_table()] if self.trace or self.segments else []),
             *([self._trained_table()] if self.segments else []),
             *([self._tried_table()] if any(s.candidates for s in self.searches if s.kind != "range test") else []),
             *([self._range_table()] if self.range_tests or any(s.kind == "range test" for s in self.searches) else []),
@@ -292,20 +295,24 @@ class Inspection:
     def _trained_table(self) -> Table:
         table = _table("What was trained, and why", "#", "steps", "learning rate<", "loss", "evaluated", "<", "why<")
         looks = {s.step: s.base for s in self.searches if s.kind == "look"}
-        for number, piece in _shortened(list(enumerate(self.pieces)), table):
-            segment, n = piece.segment, piece.segment.num_steps
-            ends = [_number(segment(0)), _number(segment(max(n - 1, 0)))]
-            tail = piece.losses[-max(1, len(piece.losses) // 10) :]
-            marks = ["undone"] * segment.undone + ["diverged"] * (piece.status is Status.DIVERGED)
+        pieces = self.pieces
+        searched = {s.step for s in self.searches if s.steps}
+        for first, last in _shortened(_runs_of(pieces, searched), table):
+            run = pieces[first : last + 1]
+            losses = [loss for piece in run for loss in piece.losses]
+            tail = losses[-max(1, len(run[-1].losses) // 10) :]
+            undone = run[0].segment.undone
+            marks = ["undone"] * undone + ["diverged"] * (run[-1].status is Status.DIVERGED)
+            train = run[0].train
             table.add_row(
-                str(number),
-                f"{piece.start:,}-{piece.stop:,}",
-                ends[0] if ends[0] == ends[1] else " to ".join(ends),
+                f"{first}" if first == last else f"{first}-{last}",
+                f"{run[0].start:,}-{run[-1].stop:,}",
+                _course([piece.segment for piece in run]),
                 f"{np.mean(tail):.4g}" if tail else "",
-                "" if (base := looks.get(piece.stop)) is None else f"{base:.4g}",
+                "" if (base := looks.get(run[-1].stop)) is None else f"{base:.4g}",
                 ", ".join(marks),
-                piece.train.reason or piece.train.label if piece.train else "not finished",
-                style="dim" if segment.undone else None,
+                train.reason or train.label if train else "not finished",
+                style="dim" if undone else None,
             )
         return table
 
@@ -379,7 +386,7 @@ def main(run_dir: str, csv: str | None = None, figures: str | None = None) -> In
     """
     from rich.console import Console
 
-    console = Console(soft_wrap=False)
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)  # a file has no width to fit in
     inspection = inspect_run(run_dir)
     console.print(inspection)
     if csv is not None:
@@ -392,7 +399,8 @@ def main(run_dir: str, csv: str | None = None, figures: str | None = None) -> In
             save_figure(draw(), Path(figures) / f"{name}.png")
         for at, found in inspection.range_tests:
             save_figure(range_test_figure(found), Path(figures) / f"range_test_{at.replace(' ', '_')}.png")
-        console.print(f"{len(drawings) + len(inspection.range_tests)} figures: {figures}", soft_wrap=True)
+        number = len(drawings) + len(inspection.range_tests)
+        console.print(f"{number} figure{'s' * (number != 1)}: {figures}", soft_wrap=True)
     return inspection
 
 
@@ -648,6 +656,36 @@ def _table(title: str, *columns: str) -> Table:
     for name in columns:
         table.add_column(name.removesuffix("<"), justify="left" if name.endswith("<") else "right", overflow="fold")
     return table
+
+
+def _runs_of(pieces: Sequence[Piece], searched: Set[int]) -> list[tuple[int, int]]:
+    """First and last of neighbouring pieces between which nothing was decided: the learning rate goes on, none was undone."""
+    runs: list[tuple[int, int]] = []
+    for index, piece in enumerate(pieces):
+        before = pieces[index - 1] if index else None
+        if before is not None and _goes_on(before, piece) and piece.start not in searched:
+            runs[-1] = (runs[-1][0], index)
+        else:
+            runs.append((index, index))
+    return runs
+
+
+def _goes_on(before: Piece, piece: Piece) -> bool:
+    last, first = before.segment(max(before.segment.num_steps - 1, 0)), piece.segment(0)
+    return (
+        before.segment.undone == piece.segment.undone
+        and piece.segment.back_to is None
+        and before.status is piece.status is Status.OK
+        and max(last, first) <= _JUMP * min(last, first)
+    )
+
+
+def _course(segments: Sequence[Segment]) -> str:
+    """Learning rates at both ends, and between them the highest if it is higher than either."""
+    first, last = segments[0](0), segments[-1](max(segments[-1].num_steps - 1, 0))
+    peak = max(segment(step) for segment in segments for step in (0, max(segment.num_steps - 1, 0)))
+    values = [_number(lr) for lr in ((first, peak, last) if peak > 1.01 * max(first, last) else (first, last))]
+    return " to ".join(dict.fromkeys(values))
 
 
 def _shortened(rows: list[Any], table: Table) -> Iterator[Any]:

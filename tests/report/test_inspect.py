@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from lightning_autolr.core.range_rules import RangeSuggestion
 from lightning_autolr.core.requests import LineProbe, Probe, ProbeResult, Status, Train, TrainResult, encode
 from lightning_autolr.core.surrogate import Observation, Suggestion
 from lightning_autolr.report.inspect import (
@@ -262,6 +263,29 @@ def test_range_tests_of_the_callback(tmp_path: Path) -> None:
     assert "epoch 3" in shown(inspection)
 
 
+@pytest.mark.parametrize(
+    ("lrs", "undone", "rows"),
+    [
+        ((0.1, 0.12, 0.1, 0.09), (), ["0-3 0-12 0.1 to 0.12 to 0.09"]),
+        ((0.1, 0.1, 0.01, 0.01), (), ["0-1 0-6 0.1", "2-3 6-12 0.01"]),
+        ((0.1, 0.1, 0.1, 0.1), (1, 2), ["0 0-3 0.1", "1-2 3-9 0.1", "3 9-12 0.1"]),
+    ],
+)
+def test_stages_in_which_nothing_was_decided_are_one_row(
+    lrs: tuple[float, ...], undone: tuple[int, ...], rows: list[str], tmp_path: Path
+) -> None:
+    segments = tuple(Segment(3, lr, undone=index in undone) for index, lr in enumerate(lrs))
+    (_, table) = Inspection(tmp_path, segments=segments).tables()
+    cells = zip(*(column.cells for column in table.columns[:3]), strict=True)
+    assert [" ".join(str(cell) for cell in row) for row in cells] == rows
+
+
+def test_without_a_search_there_is_no_account(tmp_path: Path) -> None:
+    found = RangeSuggestion(0.1, 0.05, 0.2, "it says so")
+    (only,) = Inspection(tmp_path, range_tests=(("epoch 0", found),)).tables()
+    assert only.title == "Range tests"
+
+
 def test_main_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "autolr", TRACE, SEGMENTS)
     inspection = main(str(tmp_path), csv=str(tmp_path / "rows.csv"), figures=str(tmp_path / "figures"))
@@ -269,7 +293,7 @@ def test_main_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "What was tried" in capsys.readouterr().out
     assert (tmp_path / "rows.csv").exists()
     assert sorted(f.name for f in (tmp_path / "figures").iterdir()) == [
+        "candidates_000.png",
         "probes_000.png",
         "schedule.png",
-        "candidates_000.png",
     ]
