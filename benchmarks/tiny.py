@@ -41,6 +41,7 @@ from lightning_autolr.schedules import Cosine, Linear, OneCycle, Rex, Schedule, 
 from lightning_autolr.search.autolrs import AutoLRS
 from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.range_test import RangeTest
+from lightning_autolr.search.ratchet import Guarded
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 EVAL_BATCHES = 10
@@ -533,11 +534,11 @@ SCHEDULES: dict[str, Schedule] = {
 RULES: dict[str, AbstractSearch] = {
     "range test, cosine": RangeThen(Cosine()),
     "range test, warm-up cosine": RangeThen(Warmup(Cosine(), 0.05)),
-    "AutoLRS": AutoLRS(),
-    "AutoLRS, caution 1": AutoLRS(caution=1.0),
-    "AutoLRS, caution 4": AutoLRS(caution=4.0),
-    "AutoLRS, no ratchet": AutoLRS(ratchet=False),
-    "AutoLRS, hold": AutoLRS(anneal_fraction=0.5, anneal=Linear()),
+    "AutoLRS": Guarded(AutoLRS()),
+    "AutoLRS, caution 1": Guarded(AutoLRS(caution=1.0)),
+    "AutoLRS, caution 4": Guarded(AutoLRS(caution=4.0)),
+    "AutoLRS, no ratchet": AutoLRS(),
+    "AutoLRS, hold": Guarded(AutoLRS(anneal_fraction=0.5, anneal=Linear())),
 }
 
 

@@ -13,6 +13,7 @@ from lightning_autolr.search.autolrs import AutoLRS
 from lightning_autolr.search.autowu import AutoWU
 from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.ranged import PublishedInRange
+from lightning_autolr.search.ratchet import Ratchet
 
 __all__ = ["AutoLRSCallback"]
 
@@ -26,7 +27,7 @@ class AutoLRSCallback(SearchCallback):
     stage, at as many steps as are trained.
 
     Args:
-        tau: "early": longest stage in steps. "published": steps of the first stage.
+        tau: "early": longest stage of the ratchet in steps. "published": steps of the first stage.
         tau_max: steps of the longest stage of the published method.
         num_candidates: learning rates tried in a search, at most; None is 8, and 10 as published.
         probe_fraction: "published": steps of a probe as a share of its stage.
@@ -49,8 +50,8 @@ class AutoLRSCallback(SearchCallback):
         warmup_fraction: "early": share of the run that goes linearly up to the peak.
         anneal_fraction: "early": share of the run at its end that goes to zero.
         anneal: "early": shape of the anneal; None is REX.
-        ratchet: "early": whether to undo stages that did harm.
-        shrink: "early": what the learning rate is divided by after an undo.
+        ratchet: take back training that did harm, see :class:`~lightning_autolr.search.ratchet.Ratchet`; None does with "early",
+            and does not as published.
         warmup: "autowu" lets AutoWU find the warm-up first: the learning rate grows until the training loss has passed its
             minimum, and the candidates stay in the range found. None is a warm-up of ``warmup_fraction``.
         options: see :class:`~lightning_autolr.engine.driver.SearchCallback`.
@@ -87,8 +88,7 @@ class AutoLRSCallback(SearchCallback):
         caution: float = 2.0,
         anneal_fraction: float = 0.95,
         anneal: Schedule | None = None,
-        ratchet: bool = True,
-        shrink: float = 2.0,
+        ratchet: Ratchet | bool | None = None,
         warmup: Literal["autowu"] | None = None,
         **options: Any,
     ) -> None:
@@ -98,6 +98,7 @@ class AutoLRSCallback(SearchCallback):
             fork=fork,
             on_scheduler=on_scheduler,
             seed=seed,
+            ratchet=_ratchet(tau, objective) if ratchet is None and method == "early" else ratchet or False,
             **options,
         )
         if warmup not in (None, "autowu"):
@@ -116,8 +117,6 @@ class AutoLRSCallback(SearchCallback):
                 warmup_fraction=warmup_fraction,
                 anneal_fraction=anneal_fraction,
                 anneal=Rex() if anneal is None else anneal,
-                ratchet=ratchet,
-                shrink=shrink,
                 evaluate=objective,
                 warmup=None if warmup is None else AutoWU(min_lr=min_lr or 1e-5, max_lr=max_lr or 1.0, seed=seed),
             )
@@ -142,3 +141,7 @@ class AutoLRSCallback(SearchCallback):
     @override
     def make_search(self, run: Run) -> AbstractSearch:
         return self.search
+
+
+def _ratchet(tau: int, objective: str) -> Ratchet:
+    return Ratchet(longest_stage=tau, evaluate="holdout" if objective == "holdout" else "validation")

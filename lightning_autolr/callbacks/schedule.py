@@ -57,4 +57,5 @@ class ScheduleCallback(SearchCallback):
     @override
     def searches(self) -> bool:
         followed = self.schedule_to_follow
-        return isinstance(followed, Tabulated) and any(s.back_to is not None for s in followed.segments)
+        undoes = isinstance(followed, Tabulated) and any(s.back_to is not None for s in followed.segments)
+        return undoes or self.ratchet is not None

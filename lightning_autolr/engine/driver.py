@@ -51,6 +51,7 @@ from lightning_autolr.engine.steps import steps_per_batch
 from lightning_autolr.report.trace import Entry, Record, account_of, read_leftover, summary_of
 from lightning_autolr.schedules import Segment
 from lightning_autolr.search.base import AbstractSearch, ReplayError, replay
+from lightning_autolr.search.ratchet import Guarded, Ratchet
 
 __all__ = ["SearchCallback"]
 
@@ -90,6 +91,7 @@ class SearchCallback(Callback):
         search_callbacks: callbacks of the Trainer that take part in private steps, since they change gradients.
         probe_dataloader: batches for probes, when the training loader cannot be read twice.
         allow_untested: run on strategies that we have not tested.
+        ratchet: take back training that did harm, see :class:`~lightning_autolr.search.ratchet.Ratchet`.
         figures: log figures of what was tried and of the whole run, see :mod:`lightning_autolr.report.figures`; as files in
             ``<log_dir>/autolr/figures`` when no logger takes them. Needs matplotlib, without which there are none.
         seed: seed of everything random in the search.
@@ -113,6 +115,7 @@ class SearchCallback(Callback):
         search_callbacks: Sequence[Callback] = (),
         probe_dataloader: Any = None,
         allow_untested: bool = False,
+        ratchet: Ratchet | bool = False,
         figures: bool = True,
         seed: int = 0,
     ) -> None:
@@ -132,6 +135,8 @@ class SearchCallback(Callback):
         self.count_search = count_search
         self.allow_untested = allow_untested
         self.figures = figures
+        looks_at: Literal["holdout", "validation"] = "holdout" if objective == "holdout" else "validation"
+        self.ratchet = Ratchet(evaluate=looks_at) if ratchet is True else ratchet or None
         self.probe_options = ProbeOptions(
             monitor=monitor,
             mode=mode,
@@ -152,7 +157,7 @@ class SearchCallback(Callback):
 
     @property
     def searches(self) -> bool:
-        """Whether probes may be asked for. A fixed schedule needs no fork and works with every strategy."""
+        """Whether probes may be asked for. A fixed schedule without a ratchet needs no fork and works with every strategy."""
         return True
 
     # -- life cycle -------------------------------------------------------------------------------------------------
@@ -376,6 +381,8 @@ class SearchCallback(Callback):
         run = facts_of(self._trainer, self._lr.reference, self.total_steps, self.count_search)
         if self._trainer.is_global_zero:
             search = self.make_search(run)
+            if self.ratchet is not None:
+                search = Guarded(search, self.ratchet)
             if plan := search.describe(run):
                 rank_zero_info(f"{type(self).__name__}: {plan}")
             self._requests = search.requests(run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -28,8 +28,8 @@ class Ratchet:
     It undoes the training since the lowest loss, and divides the learning rate by ``shrink`` for the rest of the segment,
 
     - at once, when more than half of all that was gained is lost again, or the training diverged;
-    - when there was no new lowest loss for ``patience`` looks, of those made while the learning rate is below its highest.
-      At the highest, losses jitter around a trend that they hide.
+    - when the mean of the last ``patience`` looks is above that of the ``patience`` looks before, none of them made while
+      the learning rate is at its highest: there losses jitter around a trend that they hide.
 
     The run ends on the weights with the lowest loss: its last step goes back to them. Undone steps count as steps of the run.
     It answers overfitting, which no short probe can see, and divergence.
@@ -97,8 +97,7 @@ class Guarded(AbstractSearch):
 
     def describe(self, run: Run) -> str:
         plan = self.search.describe(run)
-        looks = f"The ratchet looks every {self.ratchet.stage_steps(run.total_steps)} steps."
-        return f"{plan} {looks}" if plan else looks
+        return f"{plan} The ratchet looks every {self.ratchet.stage_steps(run.total_steps)} steps.".lstrip()
 
 
 @dataclass
@@ -112,10 +111,11 @@ class _Watch:
     state: str | None = None  # the id of the weights that had the lowest loss ...
     is_new: bool = False  # ... or: these are the present ones, not kept yet
     go_back: bool = False  # the next real step starts from ``state``
-    age: int = 0  # looks since the lowest loss, while the learning rate is below its highest
+    seen: list[float] = field(default_factory=list)  # losses since the last undo, below the highest learning rate
     since: int = 0  # steps since the last look
     highest_lr: float = 0.0
-    lr: float = 0.0
+    lr: float = 0.0  # of the last step, as the search wanted it ...
+    last_lr: float = 0.0  # ... and as it was
     limit: float | None = None
 
     def __post_init__(self) -> None:
@@ -135,7 +135,13 @@ class _Watch:
     def end(self) -> Requests:
         """The search has nothing more to say; what is left of the run is not looked at."""
         if self.go_back:
-            yield Train(self.lr, None, start=self.state, release=self._release(), reason="Back to the lowest loss.")
+            yield Train(
+                self.last_lr / self.ratchet.shrink,
+                None,
+                start=self.state,
+                release=self._release(),
+                reason="Back to the lowest loss.",
+            )
         elif self.state is not None:
             yield replace(self._look(), evaluate="none", release=self._release())
 
@@ -179,6 +185,7 @@ class _Watch:
             losses += answer.losses
             grad_norms += answer.grad_norms
             self._has_made(request, done, made, answer.losses)
+            self.last_lr = self.lr * scale
             done += made
             self.is_new = self.go_back = False
             if answer.status is Status.DIVERGED and request.keep_start:
@@ -186,7 +193,6 @@ class _Watch:
             if answer.status is Status.DIVERGED or self.left == 1 or 0 < self.stage_steps <= self.since:
                 reason = self._judge((yield self._look()) if answer.status is Status.OK else None)
                 scale /= self.ratchet.shrink if self.go_back else 1
-            self.lr = request.lr * scale * request.shape(done)
         return TrainResult(tuple(losses), Status.OK, start, tuple(grad_norms))
 
     def _piece(self, steps: float) -> int:
@@ -200,7 +206,8 @@ class _Watch:
     def _has_made(self, request: Train, done: int, steps: int, losses: tuple[float, ...]) -> None:
         self.left -= steps
         self.since += steps
-        lrs = [request.lr * request.shape(done + i) for i in range(0, steps, max(1, steps // 8))]
+        at = {*range(done, done + steps, max(1, steps // 8)), done + steps - 1}
+        lrs = [request.lr * request.shape(step) for step in sorted(at)]
         self.highest_lr = max(self.highest_lr, *lrs)
         self.lr = lrs[-1]
         if self.limit is None:
@@ -212,16 +219,20 @@ class _Watch:
         assert self.best is not None
         self.since = 0
         self.is_new = after is not None and after.loss < self.best.loss
-        self.age = 0 if self.is_new or self.lr >= self.highest_lr * (1 - 1e-9) else self.age + 1
         blew_up = after is None or _blew_up(self.first, self.best, after)
-        self.go_back = blew_up or self.age >= self.ratchet.patience or (self.left <= 1 and not self.is_new)
+        if self.lr >= self.highest_lr * (1 - 1e-9):
+            self.seen = []
+        elif after is not None:
+            self.seen.append(after.loss)
+        stands = not self.is_new and _does_not_fall(self.seen, self.ratchet.patience)
+        self.go_back = blew_up or stands or (self.left <= 1 and not self.is_new)
         if self.is_new:
             self.best = after
             return "The loss fell."
         if not self.go_back:
             return "The loss was lower before, but not for long."
-        self.age = 0
-        why = "The loss blew up" if blew_up else "The loss did not fall any more"
+        self.seen = []
+        why = "The loss blew up" if blew_up else "The loss does not fall any more"
         return f"{why}: back to the lowest, at 1/{self.ratchet.shrink:g} of the learning rate."
 
     def _look(self) -> Probe:
@@ -233,6 +244,11 @@ class _Watch:
 
 def _from(schedule: Schedule, step: int) -> Schedule:
     return schedule if step == 0 or isinstance(schedule, Constant) else Shifted(schedule, step)
+
+
+def _does_not_fall(losses: Sequence[float], window: int) -> bool:
+    """Whether the mean of the last ``window`` losses is above that of the ``window`` before them."""
+    return len(losses) >= 2 * window and math.fsum(losses[-window:]) > math.fsum(losses[-2 * window : -window])
 
 
 def _blew_up(first: ProbeResult, best: ProbeResult, after: ProbeResult) -> bool:

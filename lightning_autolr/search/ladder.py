@@ -1,0 +1,99 @@
+"""Candidates of one length: climb until the best is bracketed, then ask a Gaussian process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lightning_autolr.core.requests import ProbeResult
+from lightning_autolr.core.surrogate import FitError, Observation, posterior, suggest
+from lightning_autolr.search.ratchet import divergence_limit, paired
+
+__all__ = ["Ladder"]
+
+
+@dataclass
+class Ladder:
+    """Learning rates that were tried for the same number of steps.
+
+    Args:
+        low: lower bound.
+        high: upper bound.
+        step: ratio of neighbours while the best one is not bracketed, > 1.
+        limit: a training loss above it is a divergence; None is found from the first candidate.
+        results: what was tried.
+    """
+
+    low: float
+    high: float
+    step: float
+    limit: float | None = None
+    results: dict[float, ProbeResult] = field(default_factory=dict)
+
+    def clip(self, lr: float) -> float:
+        return min(max(lr, self.low), self.high)
+
+    def add(self, lr: float, result: ProbeResult) -> None:
+        if self.limit is None:
+            self.limit = divergence_limit(result.losses)
+        self.results[lr] = result
+
+    @property
+    def num_steps(self) -> int:
+        return sum(len(r.losses) for r in self.results.values())
+
+    @property
+    def best(self) -> float:
+        """The best candidate; the lowest one when all failed."""
+        return min(sorted(self.results), key=lambda lr: self.results[lr].loss)
+
+    def climb(self) -> float | None:
+        """The next neighbour, or None when the best candidate is bracketed (or stands at a bound)."""
+        lrs, best = sorted(self.results), self.best
+        up = self.clip(best * self.step) if best == lrs[-1] and math.isfinite(self.results[best].loss) else best
+        down = self.clip(best / self.step) if best == lrs[0] else best
+        return next((lr for lr in (up, down) if lr != best), None)
+
+    def refine(self) -> float | None:
+        """A candidate in the bracket that is expected to gain more than the noise, or None."""
+        bracket = self._bracket()
+        if bracket is None:
+            return None
+        observations = self._observations(bracket)
+        bounds = (bracket[0], bracket[-1])
+        suggestion = suggest(observations, bounds, acquisition="ei", incumbent=self.best)
+        noise = math.sqrt(max(o.variance or 0.0 for o in observations))
+        return suggestion.lr if suggestion.value is None or suggestion.value > noise else None
+
+    def choose(self, configured: float) -> tuple[float, str]:
+        """The best learning rate, and why: a sentence, open at its end."""
+        if not any(math.isfinite(r.loss) for r in self.results.values()):
+            lowest = min(self.results, default=self.clip(configured) * 10)
+            return lowest / 10, f"All {len(self.results)} candidates diverged; a tenth of the lowest:"
+        best = self.best
+        bracket = self._bracket()
+        if bracket is None:
+            return best, f"The best of {len(self.results)} candidates:"
+        lrs = [float(x) for x in np.geomspace(bracket[0], bracket[-1], 101)]
+        try:
+            mean = posterior(self._observations(bracket), (bracket[0], bracket[-1]), lrs).mean
+        except FitError as error:
+            return best, f"The best of {len(self.results)} candidates, as the surrogate failed ({error}):"
+        return lrs[int(np.argmin(mean))], f"The minimum expected from {len(self.results)} candidates:"
+
+    def _bracket(self) -> list[float] | None:
+        """The best candidate with its neighbours; None when it has not got two."""
+        lrs = sorted(self.results)
+        i = lrs.index(self.best)
+        return lrs[i - 1 : i + 2] if 0 < i < len(lrs) - 1 else None
+
+    def _observations(self, lrs: Sequence[float]) -> list[Observation]:
+        """Scores with the noise of their paired differences to the best one, whose own is next to nothing."""
+        best = self.results[self.best]
+        errors = {lr: paired(best, self.results[lr])[1] for lr in lrs if math.isfinite(self.results[lr].loss)}
+        typical = max(float(np.median([e for lr, e in errors.items() if lr != self.best] or [0.0])), 1e-9)
+        errors[self.best] = 0.1 * typical
+        return [Observation(lr, self.results[lr].loss, max(errors.get(lr, typical), 1e-9) ** 2) for lr in lrs]
