@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -19,7 +21,9 @@ from typing import Any, ClassVar, Literal
 
 import yaml  # type: ignore[import-untyped]
 
-__all__ = ["Job", "Run", "callbacks_of", "run_jobs", "writing_to"]
+__all__ = ["Job", "Run", "callbacks_of", "end_with_parent", "run_jobs", "writing_to"]
+
+_PARENT = "LIGHTNING_AUTOLR_PARENT"  # process that started a run
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,23 @@ def _run_here(jobs: Sequence[Job], parallel: int) -> Iterator[Job]:
                 process.terminate()
 
 
+def end_with_parent() -> None:
+    """Let a run end soon after the comparison that started it, however that ended.
+
+    A run that outlives a killed comparison would write into the folder of its successor.
+    """
+    parent = os.environ.pop(_PARENT, None)  # not for the processes that the run starts itself
+    if parent is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _fit(folder: Path, parallel: int = 1, started: list[subprocess.Popen[bytes]] | None = None) -> None:
     """Train ``folder/job.yaml`` in a process of its own, everything it writes going to ``folder``."""
     command = [
@@ -160,7 +181,7 @@ def _fit(folder: Path, parallel: int = 1, started: list[subprocess.Popen[bytes]]
         str(folder / "job.yaml"),
         *writing_to(folder),
     ]
-    environment = dict(os.environ)
+    environment = {**os.environ, _PARENT: str(os.getpid())}
     if parallel > 1:  # or each run would start as many threads as there are cores
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // parallel)))
     with open(folder / "log.txt", "wb") as log:

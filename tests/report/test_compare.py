@@ -392,6 +392,33 @@ def test_kill_ends_the_runs_too(tmp_path: Path) -> None:
     assert running_in(tmp_path) == []
 
 
+def test_a_run_does_not_outlive_what_started_it() -> None:
+    child = "import time; from lightning_autolr.report.jobs import end_with_parent as end; end(); print('begun', flush=True)"
+    parent = (
+        "import os, subprocess, sys, time\n"
+        "env = {**os.environ, 'LIGHTNING_AUTOLR_PARENT': str(os.getpid())}\n"
+        f"subprocess.run([sys.executable, '-c', {child + '; time.sleep(120)'!r}], env=env)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    process.kill()
+    process.communicate(timeout=60)  # its output ends when both have ended
+
+
+def test_a_run_by_hand_has_no_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LIGHTNING_AUTOLR_PARENT", raising=False)
+    threads = threading.active_count()
+    jobs.end_with_parent()
+    assert threading.active_count() == threads
+
+
+def test_a_run_whose_parent_is_gone_already_does_not_begin() -> None:
+    code = "import time; from lightning_autolr.report.jobs import end_with_parent; end_with_parent(); time.sleep(120)"
+    environment = {**os.environ, "LIGHTNING_AUTOLR_PARENT": "1" if os.getpid() != 1 else "2"}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60).returncode == 1
+
+
 @pytest.mark.slow
 def test_a_killed_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
     first = tmp_path / "there/rex/seed_0/result.json"
