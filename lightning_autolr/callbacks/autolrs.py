@@ -50,8 +50,8 @@ class AutoLRSCallback(SearchCallback):
         warmup_fraction: "early": share of the run that goes linearly up to the peak.
         anneal_fraction: "early": share of the run at its end that goes to zero.
         anneal: "early": shape of the anneal; None is REX.
-        ratchet: take back training that did harm, see :class:`~lightning_autolr.search.ratchet.Ratchet`; None does with "early",
-            and does not as published.
+        ratchet: take back training that did harm, see :class:`~lightning_autolr.search.ratchet.Ratchet`; None does so with
+            "early" only.
         warmup: "autowu" lets AutoWU find the warm-up first: the learning rate grows until the training loss has passed its
             minimum, and the candidates stay in the range found. None is a warm-up of ``warmup_fraction``.
         options: see :class:`~lightning_autolr.engine.driver.SearchCallback`.

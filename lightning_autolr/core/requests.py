@@ -224,12 +224,17 @@ class LineResult:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Answer to a :class:`Train`: ``losses`` has one training loss per step made; ``start`` is the kept state's id."""
+    """Answer to a :class:`Train`: ``losses`` has one training loss per step made; ``start`` is the kept state's id.
+
+    ``steps_left`` is how many steps the run has left, where its length is not known beforehand but its end is: an estimate
+    from ``Trainer(max_time=...)``, or what the user said; None when nobody knows.
+    """
 
     losses: tuple[float, ...] = ()
     status: Status = Status.OK
     start: str | None = None
     grad_norms: tuple[float, ...] = ()
+    steps_left: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "status", Status(self.status))

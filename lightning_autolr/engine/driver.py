@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -211,6 +211,7 @@ class SearchCallback(Callback):
         self._kept_at: dict[str, int] = {}
         self._best_at: dict[str, list[str]] = {}
         self._back_to: int | None = None
+        self._ends_at: int | None = None
         self._leftover: list[Entry] = []
         self._random_state: RandomState | None = None
         self._warm = not strategy_is_distributed()
@@ -273,7 +274,7 @@ class SearchCallback(Callback):
         if self._micro_losses:
             self._unread.append(torch.stack(self._micro_losses).mean())
             self._micro_losses = []
-        if self.count_search and self._budget_is_used_up(active):
+        if self._is_at_end():
             trainer.should_stop = True
         finished = active.steps_done == active.train.num_steps
         guarded = active.train.keep_start or active.train.stop_above is not None
@@ -325,6 +326,22 @@ class SearchCallback(Callback):
         """Schedule steps, search steps, seconds in search, chosen learning rates."""
         return summary_of(self._record.segments, self._prober.cost)
 
+    def finish_in(self, num_steps: int) -> None:
+        """End the run after ``num_steps`` more optimizer steps; a search that holds for want of an end anneals over them.
+
+        To be called while training, on every rank, from another callback or an interactive session. What is under way is
+        trained to its end first: at most a tenth of ``tau`` in :class:`~lightning_autolr.search.autolrs.AutoLRS`.
+
+        Raises:
+            ValueError: ``num_steps`` < 1.
+            RuntimeError: nothing is being trained.
+        """
+        if num_steps < 1:
+            raise ValueError(f"Expected num_steps >= 1, got {num_steps=}.")
+        if self._trainer is None:
+            raise RuntimeError("Expected a training under way, got none: call it between `fit`'s start and end.")
+        self._ends_at = self._trained() + num_steps
+
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     @override
@@ -342,6 +359,7 @@ class SearchCallback(Callback):
             "active": None if active is None else {**vars(active), "train": encode(active.train)},
             "kept_at": dict(self._kept_at),
             "back_to": self._back_to,
+            "ends_at": self._ends_at,
             "kept": dump_kept(self._trainer, self._prober),
             "lr": self._lr.state_dict(),
             "is_linear": self._prober.is_linear,
@@ -362,6 +380,7 @@ class SearchCallback(Callback):
             self._active = _Active(**{**state["active"], "train": decode(state["active"]["train"])})
             self._active.begun = time.perf_counter()
         self._kept_at, self._back_to = dict(state["kept_at"]), state["back_to"]
+        self._ends_at = state["ends_at"]
         vars(self._prober.cost).update(state["cost"])
         self._prober.is_linear = state["is_linear"]
         load_kept(trainer, self._prober, state["kept"])
@@ -495,15 +514,33 @@ class SearchCallback(Callback):
         assert active is not None
         self._finish(active, status)
 
-    def _budget_is_used_up(self, active: _Active) -> bool:
-        total = known_total(self._trainer, self.total_steps)
-        trained = sum(s.num_steps for s in self._record.segments) + active.steps_done
-        return total is not None and trained + self._prober.cost.steps >= total
+    def _trained(self) -> int:
+        """Real steps so far, undone ones too."""
+        active = 0 if self._active is None else self._active.steps_done
+        return sum(s.num_steps for s in self._record.segments) + active
+
+    def _steps_left(self, active: _Active) -> int | None:
+        """How many steps a run of unknown length has left, if that is known: from the user, or from ``max_time``."""
+        if self._ends_at is not None:
+            return max(0, self._ends_at - self._trained())
+        if known_total(self._trainer, self.total_steps) is not None:
+            return None
+        seconds = [c.time_remaining() for c in self._trainer.callbacks if isinstance(c, Timer)]
+        per_step = (time.perf_counter() - active.begun) / max(1, active.steps_done)
+        return min((int(s / per_step) for s in seconds if s is not None), default=None)
+
+    def _is_at_end(self) -> bool:
+        """Whether the run ends here although the Trainer does not know."""
+        if self._ends_at is not None and self._trained() >= self._ends_at:
+            return True
+        total = known_total(self._trainer, self.total_steps) if self.count_search else None
+        return total is not None and self._trained() + self._prober.cost.steps >= total
 
     def _finish(self, active: _Active, status: Status) -> None:
         self._record.add_segment(self._segment(active))
         self._back_to = None
-        answer = TrainResult(tuple(active.losses), status, active.start, tuple(active.grad_norms))
+        left = self._steps_left(active)
+        answer = TrainResult(tuple(active.losses), status, active.start, tuple(active.grad_norms), left)
         self._tell(active.train, answer, active.global_step, time.perf_counter() - active.begun)
 
     def _segment(self, active: _Active) -> Segment:

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from lightning_autolr.core.requests import Probe, ProbeResult, Requests, Run, Train
-from lightning_autolr.schedules import Constant, Linear, Rex, Schedule, WarmupStableDecay
+from lightning_autolr.core.requests import Probe, ProbeResult, Requests, Run, Train, TrainResult
+from lightning_autolr.schedules import Linear, Rex, Schedule, Shifted, WarmupStableDecay
 from lightning_autolr.search.autowu import AutoWU
 from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.ladder import Ladder
@@ -119,7 +119,7 @@ class AutoLRS(AbstractSearch):
             steps = max(_SHORTEST_PROBE, self.tau // 10)
         else:
             share = int(self.search_budget * total_steps / self.num_candidates)
-            steps = max(1, share, min(_SHORTEST_PROBE, total_steps // 10))
+            steps = max(1, share, min(_SHORTEST_PROBE, total_steps // 40))
         return Plan(self.probe_steps or steps, self.num_candidates)
 
     def describe(self, run: Run) -> str:
@@ -130,7 +130,11 @@ class AutoLRS(AbstractSearch):
             if run.total_steps is None
             else f", {plan.search_steps / run.total_steps:.0%} of the run's {run.total_steps}"
         )
-        end = "held to the end" if run.total_steps is None else f"the last {self.anneal_fraction:.0%} annealed to zero"
+        known, unknown = (
+            f"the last {self.anneal_fraction:.0%} annealed to zero",
+            "held until an end is known, then annealed",
+        )
+        end = unknown if run.total_steps is None else known
         return (
             f"at most {plan.max_probes} candidates of {plan.probe_steps} steps from lr {run.lr:.3g} on "
             f"({plan.search_steps} steps{share}); {end}."
@@ -162,16 +166,28 @@ class AutoLRS(AbstractSearch):
             ladder.add(lr, result)
             lr = ladder.climb() or ladder.refine()
         best, reason = ladder.choose(run.lr)
-        left = run.total_steps
-        if left is not None and run.count_search:
-            left = max(1, left - ladder.num_steps)
-        yield Train(
-            lr=max(best / self.caution, self.min_lr or 0.0),
-            num_steps=left,
-            shape=Constant() if left is None else self._shape(left),
-            stop_above=ladder.limit,
-            reason=f"{reason} {best:.3g}, divided by {self.caution:g} since a run is longer than a probe.",
-        )
+        peak = max(best / self.caution, self.min_lr or 0.0)
+        reason += f" {best:.3g}, divided by {self.caution:g} since a run is longer than a probe."
+        if run.total_steps is None:
+            yield from self._open_ended(peak, reason, ladder.limit)
+        else:
+            left = max(1, run.total_steps - ladder.num_steps) if run.count_search else run.total_steps
+            yield Train(lr=peak, num_steps=left, shape=self._shape(left), stop_above=ladder.limit, reason=reason)
+
+    def _open_ended(self, peak: float, reason: str, limit: float | None) -> Requests:
+        """Hold until somebody knows where the end is, then anneal over what is left."""
+        piece = max(1, self.tau // 10)
+        answer: TrainResult = yield Train(lr=peak, num_steps=piece, stop_above=limit, reason=reason)
+        while answer.steps_left is None:
+            answer = yield Train(lr=peak, num_steps=piece, stop_above=limit, reason="No end is known: hold.")
+        done, left = 0, answer.steps_left
+        while left > 0:  # an estimate: looked at again after each piece
+            steps = left if left < 2 * piece else piece
+            shape = Shifted(self.anneal.stretched(done + left), done)
+            reason = f"The run has {left} steps left: anneal."
+            answer = yield Train(lr=peak, num_steps=steps, shape=shape, stop_above=limit, reason=reason)
+            done += steps
+            left = left - steps if answer.steps_left is None else answer.steps_left
 
     def _bounds(self, run: Run) -> tuple[float, float]:
         reach = self.step**self.num_candidates

@@ -189,11 +189,11 @@ class _Watch:
             done += made
             self.is_new = self.go_back = False
             if answer.status is Status.DIVERGED and request.keep_start:
-                return TrainResult(tuple(losses), answer.status, start, tuple(grad_norms))
+                return TrainResult(tuple(losses), answer.status, start, tuple(grad_norms), answer.steps_left)
             if answer.status is Status.DIVERGED or self.left == 1 or 0 < self.stage_steps <= self.since:
                 reason = self._judge((yield self._look()) if answer.status is Status.OK else None)
                 scale /= self.ratchet.shrink if self.go_back else 1
-        return TrainResult(tuple(losses), Status.OK, start, tuple(grad_norms))
+        return TrainResult(tuple(losses), Status.OK, start, tuple(grad_norms), answer.steps_left)
 
     def _piece(self, steps: float) -> int:
         """Steps to the next look. The last step of the run stands alone: before it the run can still go back."""
