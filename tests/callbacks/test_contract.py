@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_autolr
 from lightning_autolr import SearchCallback
 from lightning_autolr.schedules import Cosine, OneCycle, Rex, Segment, Tabulated
+from lightning_autolr.search.ratchet import Ratchet
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,18 @@ CASES = {
     "refined": row("RefinedScheduleCallback", every=0.2),
     "rex": Row(
         lambda: lightning_autolr.ScheduleCallback(Rex(), 0.1), "ScheduleCallback", {"schedule": "Rex", "peak_lr": 0.1}
+    ),
+    "rex, with a ratchet": Row(
+        lambda: lightning_autolr.ScheduleCallback(Rex(), 1.0, ratchet=True),
+        "ScheduleCallback",
+        {"schedule": "Rex", "peak_lr": 1.0, "ratchet": True},
+    ),
+    "beam, with a ratchet": row("BeamSearchCallback", interval=8, ratchet=True),
+    "factors, with a ratchet": row("FactorSearchCallback", every=8, ratchet=True, evaluate_on="validation"),
+    "refined, with a ratchet": Row(
+        lambda: lightning_autolr.RefinedScheduleCallback(every=0.2, ratchet=Ratchet(patience=2)),
+        "RefinedScheduleCallback",
+        {"every": 0.2, "ratchet": {"patience": 2}},
     ),
     "one cycle": Row(
         lambda: lightning_autolr.ScheduleCallback(OneCycle()), "ScheduleCallback", {"schedule": "OneCycle"}
