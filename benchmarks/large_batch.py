@@ -47,6 +47,7 @@ SCALED = {"linear scaling": 1.0, "square-root scaling": 0.5}  # exponent of the 
 AUTOMATIC: dict[str, Callable[[], SearchCallback]] = {
     "AutoWU": lambda: AutoWUCallback(figures=False),
     "AutoWU, constant then cosine": lambda: AutoWUCallback(immediate_cooldown=False, figures=False),
+    "AutoWU from 1e-3": lambda: AutoWUCallback(min_lr=1e-3, figures=False),
     "AutoWU, published rules": lambda: AutoWUCallback(compat=True, figures=False),
     "AutoLRS after AutoWU": lambda: AutoLRSCallback(warmup="autowu", count_search=True, figures=False),
 }
