@@ -6,19 +6,15 @@ of the steps that follow. Everything a search was told stands in the trace; a re
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
@@ -26,9 +22,7 @@ from lightning_autolr.core.requests import (
     Answer,
     LineProbe,
     Probe,
-    ProbeResult,
     Request,
-    Requests,
     Run,
     Status,
     Train,
@@ -38,38 +32,23 @@ from lightning_autolr.core.requests import (
 )
 from lightning_autolr.engine import compat
 from lightning_autolr.engine.checks import check_choice, check_trainer, facts_of, known_total
+from lightning_autolr.engine.conversation import Conversation
 from lightning_autolr.engine.figure_log import FigureLog, log_account, options_of
 from lightning_autolr.engine.files import Place
-from lightning_autolr.engine.grad_norms import GradNorms
 from lightning_autolr.engine.kept import dump_kept, load_kept
 from lightning_autolr.engine.lr import LearningRate, OnScheduler
 from lightning_autolr.engine.probe import ProbeOptions, Prober
 from lightning_autolr.engine.progress import Progress
-from lightning_autolr.engine.ranks import decide, gather, mean_over_ranks, strategy_is_distributed
+from lightning_autolr.engine.ranks import decide, gather, strategy_is_distributed
+from lightning_autolr.engine.segment import ActiveSegment
 from lightning_autolr.engine.state import RandomState
 from lightning_autolr.engine.steps import steps_per_batch
 from lightning_autolr.report.trace import Entry, Record, account_of, read_leftover, summary_of
 from lightning_autolr.schedules import Segment
-from lightning_autolr.search.base import AbstractSearch, ReplayError, replay
+from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.ratchet import Guarded, Ratchet
 
 __all__ = ["SearchCallback"]
-
-_LOOK_EVERY = 10  # real steps between looks at the training loss, when somebody wants to know whether it diverges
-
-
-@dataclass
-class _Active:
-    """The real training that is going on."""
-
-    train: Train
-    start: str | None = None
-    steps_done: int = 0
-    global_step: int = 0
-    losses: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
-    judged: int = 0
-    begun: float = 0.0
 
 
 class SearchCallback(Callback):
@@ -204,27 +183,20 @@ class SearchCallback(Callback):
         self._record = Record(folder if trainer.is_global_zero else None)
         draws = self.figures and trainer.is_global_zero
         self._figures = FigureLog(trainer.loggers, folder) if draws and folder is not None else None
-        self._active: _Active | None = None
-        self._unread: list[Tensor] = []
-        self._grad_norms: GradNorms | None = None
-        self._micro_losses: list[Tensor] = []
+        self._active: ActiveSegment | None = None
         self._kept_at: dict[str, int] = {}
         self._best_at: dict[str, list[str]] = {}
         self._back_to: int | None = None
         self._ends_at: int | None = None
-        self._leftover: list[Entry] = []
-        self._random_state: RandomState | None = None
         self._warm = not strategy_is_distributed()
         self._trainer = trainer
-        if state is not None:
-            self._resume(state)
-        self._requests: Requests | None = None
-        self._request: Request | None = None
+        random_state, leftover = (None, []) if state is None else self._resume(state)
+        self._conversation = Conversation(trainer.strategy, self._record, self._prober.cost, leftover)
         # Saved ones are put back now, not at the first batch: loading it, or a validation before it, draws numbers again.
-        random_state = self._random_state or RandomState(trainer.strategy.root_device)
+        random_state = random_state or RandomState(trainer.strategy.root_device)
         self._start_search()
         random_state.restore()
-        self._record.restart(self._leftover)
+        self._record.restart(leftover)
 
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -237,11 +209,9 @@ class SearchCallback(Callback):
             self._next_segment()
         active = self._active
         assert active is not None
-        step = active.steps_done
-        momentum = active.train.momentum(step) if active.train.momentum is not None else None
-        self._lr.set(active.train.lr * active.train.shape(step), momentum)
+        self._lr.set(active.lr, active.momentum)
         self._lr.show()
-        self._log(begins=step == 0)
+        self._log(begins=active.steps_done == 0)
 
     @override
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
@@ -249,10 +219,8 @@ class SearchCallback(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        if self._active is not None and (norm := self._active.train.grad_norm) is not None:
-            if self._grad_norms is None:
-                self._grad_norms = GradNorms(trainer, norm)
-            self._grad_norms.measure(optimizer)
+        if self._active is not None:
+            self._active.measure_gradients(trainer, optimizer)
 
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -263,33 +231,24 @@ class SearchCallback(Callback):
         loss = outputs.get("loss") if isinstance(outputs, dict) else None
         if loss is not None:
             # under automatic optimization the loop has divided by the accumulation
-            self._micro_losses.append(
-                loss.detach().float().mean() * (trainer.accumulate_grad_batches if automatic else 1)
-            )
+            active.add_loss(loss.detach().float().mean() * (trainer.accumulate_grad_batches if automatic else 1))
         if automatic and trainer.global_step == self._step_before:
             return
-        active.steps_done += 1
-        if self._grad_norms is not None:
-            self._grad_norms.end_step()
-        if self._micro_losses:
-            self._unread.append(torch.stack(self._micro_losses).mean())
-            self._micro_losses = []
+        active.end_step()
         if self._is_at_end():
             trainer.should_stop = True
-        finished = active.steps_done == active.train.num_steps
-        guarded = active.train.keep_start or active.train.stop_above is not None
-        if finished or (guarded and active.steps_done % _LOOK_EVERY == 0):
-            status = self._read_losses(active, guarded)
-            if finished or status is Status.DIVERGED:
-                self._close_segment(status)
+        if active.is_due:
+            status = active.read(trainer.strategy, judge=active.is_guarded)
+            if active.is_finished or status is Status.DIVERGED:
+                self._finish(status)
 
     @override
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._final = self.state_dict()  # what checkpoints get from now on: a longer run goes on from here
-        active, self._active = self._active, None
-        if active is not None and active.steps_done:
-            self._read_losses(active, guarded=False)
-            self._finish(active, Status.OK)
+        if self._active is not None and self._active.steps_done:
+            self._active.read(trainer.strategy)
+            self._finish(Status.OK)
+        self._active = None
         self._record.write_summary(self.summary)
         self._record.finish()
         if self.searches:
@@ -300,7 +259,7 @@ class SearchCallback(Callback):
     @override
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self._trainer is not None and self._active is not None and self._active.steps_done:
-            self._record.write_schedule(self._segment(self._active))
+            self._record.write_schedule(self._active.to_segment(self._back_to))
 
     @override
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -351,12 +310,12 @@ class SearchCallback(Callback):
             return self._final or self._loaded or {}
         active = self._active
         device = self._trainer.strategy.root_device
-        if active is not None and self._unread:
-            self._read_losses(active, guarded=False)
+        if active is not None:
+            active.read(self._trainer.strategy)
         return {
             "trace": [entry.to_json() for entry in self._record.trace],
             "segments": [encode(s) for s in self._record.segments],
-            "active": None if active is None else {**vars(active), "train": encode(active.train)},
+            "active": None if active is None else active.state_dict(),
             "kept_at": dict(self._kept_at),
             "back_to": self._back_to,
             "ends_at": self._ends_at,
@@ -372,13 +331,13 @@ class SearchCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict or None
 
-    def _resume(self, state: dict[str, Any]) -> None:
+    def _resume(self, state: dict[str, Any]) -> tuple[RandomState | None, list[Entry]]:
+        """Take up a saved state; returns the random state of this rank and what was found out after it was saved."""
         trainer = self._trainer
         self._record.trace = [Entry.from_json(entry) for entry in state["trace"]]
         self._record.segments = [decode(s) for s in state["segments"]]
         if state["active"] is not None:
-            self._active = _Active(**{**state["active"], "train": decode(state["active"]["train"])})
-            self._active.begun = time.perf_counter()
+            self._active = ActiveSegment.from_state_dict(state["active"])
         self._kept_at, self._back_to = dict(state["kept_at"]), state["back_to"]
         self._ends_at = state["ends_at"]
         vars(self._prober.cost).update(state["cost"])
@@ -387,11 +346,11 @@ class SearchCallback(Callback):
         for entry in self._record.trace:
             if not isinstance(entry.request, Train):
                 self._prober.note(entry.request)
-        ranks = state["random_states"]
-        if trainer.global_rank < len(ranks):
-            self._random_state = RandomState.from_state_dict(ranks[trainer.global_rank], trainer.strategy.root_device)
-        if trainer.is_global_zero and state["folder"]:
-            self._leftover = read_leftover(state["folder"], len(self._record.trace))
+        ranks, rank = state["random_states"], trainer.global_rank
+        device = trainer.strategy.root_device
+        random_state = RandomState.from_state_dict(ranks[rank], device) if rank < len(ranks) else None
+        reads = trainer.is_global_zero and state["folder"]
+        return random_state, read_leftover(state["folder"], len(self._record.trace)) if reads else []
 
     # -- the search -------------------------------------------------------------------------------------------------
 
@@ -404,30 +363,25 @@ class SearchCallback(Callback):
                 search = Guarded(search, self.ratchet)
             if plan := search.describe(run):
                 rank_zero_info(f"{type(self).__name__}: {plan}")
-            self._requests = search.requests(run)
-            self._request = replay(self._requests, [(e.request, e.answer) for e in self._record.trace])
-            if self._active is not None and self._request != self._active.train:
-                if self.searches or self._record.trace or not isinstance(self._request, Train):
-                    raise ReplayError(
-                        f"Expected the resumed search to go on with {self._active.train}, got {self._request}. Resume with the "
-                        "same options and length of training, or start without the callback's state."
-                    )
+            active = None if self._active is None else self._active.train
+            train = self._conversation.begin(search, run, active, may_change=not self.searches)
+            if self._active is not None and train is not None and train != active:
                 rank_zero_info(f"{type(self).__name__}: the schedule is stretched over the new length of the run.")
-                self._active.train = self._request
+                self._active.train = train
         if self._active is not None and not self.searches:
             self._active.train = decide(self._trainer.strategy, self._active.train)
 
     def _next_segment(self) -> None:
         """Answer probes until the search asks for real training, and begin it."""
         trainer = self._trainer
-        request: Request | None = decide(trainer.strategy, self._request)
+        request = self._conversation.next()
         if isinstance(request, (Probe, LineProbe)):
             begun = time.perf_counter()
             while isinstance(request, (Probe, LineProbe)):
                 with self._prober.session() as fingerprint:
                     while isinstance(request, (Probe, LineProbe)):
-                        self._tell(*self._answer(request, fingerprint))
-                        request = decide(trainer.strategy, self._request)
+                        self._conversation.tell(*self._answer(request, fingerprint))
+                        request = self._conversation.next()
                         if self._prober.is_interrupted:
                             break  # a signal is delivered between two probes, with the real state in place
             self._progress.clear()
@@ -441,41 +395,12 @@ class SearchCallback(Callback):
 
     def _answer(self, request: Probe | LineProbe, fingerprint: str) -> tuple[Request, Answer, int, float, str]:
         begun, step = time.perf_counter(), self._trainer.global_step
-        known = decide(self._trainer.strategy, self._already_answered(request, fingerprint))
+        known = self._conversation.known_answer(request, step, fingerprint)
         if known is not None:
             self._prober.note(request)
             return request, known, step, 0.0, fingerprint
         answer = self._prober.answer(request, f"state-{len(self._record.trace)}")
         return request, answer, step, time.perf_counter() - begun, fingerprint
-
-    def _already_answered(self, request: Request, fingerprint: str) -> Answer | None:
-        """The answer of a probe that a killed run made from these very weights."""
-        if isinstance(request, Train) or request.start is not None:
-            return None
-        if isinstance(request, Probe) and (request.keep_end or request.release):
-            return None  # the state that belongs to it is gone
-        for entry in self._leftover:
-            same_place = entry.global_step == self._trainer.global_step and entry.fingerprint == fingerprint
-            if same_place and entry.request == request:
-                cost = self._prober.cost
-                cost.steps = max(cost.steps, entry.search_steps - cost.steps_undone)
-                cost.seconds += entry.seconds
-                if isinstance(entry.answer, ProbeResult):
-                    cost.eval_batches += sum(len(evaluation.losses) for evaluation in entry.answer.evaluations)
-                return entry.answer
-        return None
-
-    def _tell(self, request: Request, answer: Answer, global_step: int, seconds: float, fingerprint: str = "") -> None:
-        """Write the answer down and give it to the search."""
-        cost = self._prober.cost
-        self._record.add(Entry(request, answer, global_step, cost.steps + cost.steps_undone, seconds, fingerprint))
-        if self._requests is not None:
-            random_state = RandomState(self._trainer.strategy.root_device)
-            try:
-                self._request = self._requests.send(answer)
-            except StopIteration:
-                self._request = None
-            random_state.restore()  # fitting a surrogate may draw numbers, also between two real steps
 
     def _begin(self, train: Train) -> None:
         """Begin a segment of real training."""
@@ -491,7 +416,7 @@ class SearchCallback(Callback):
             self._kept_at[start] = len(self._record.segments)
             self._best_at[start] = _best_checkpoints(self._trainer)
         self._lr.start_segment()
-        self._active = _Active(train, start, global_step=self._trainer.global_step, begun=time.perf_counter())
+        self._active = ActiveSegment(train, start, self._trainer.global_step)
 
     def _go_back(self, state: str) -> None:
         """Undo what was trained since ``state`` was kept."""
@@ -509,17 +434,12 @@ class SearchCallback(Callback):
             self._record.is_exact = False  # the end of a probe: its steps are in no segment
             self._back_to = None
 
-    def _close_segment(self, status: Status) -> None:
-        active, self._active = self._active, None
-        assert active is not None
-        self._finish(active, status)
-
     def _trained(self) -> int:
         """Real steps so far, undone ones too."""
         active = 0 if self._active is None else self._active.steps_done
         return sum(s.num_steps for s in self._record.segments) + active
 
-    def _steps_left(self, active: _Active) -> int | None:
+    def _steps_left(self, active: ActiveSegment) -> int | None:
         """How many steps a run of unknown length has left, if that is known: from the user, or from ``max_time``."""
         if self._ends_at is not None:
             return max(0, self._ends_at - self._trained())
@@ -536,28 +456,15 @@ class SearchCallback(Callback):
         total = known_total(self._trainer, self.total_steps) if self.count_search else None
         return total is not None and self._trained() + self._prober.cost.steps >= total
 
-    def _finish(self, active: _Active, status: Status) -> None:
-        self._record.add_segment(self._segment(active))
+    def _finish(self, status: Status) -> None:
+        """Write the training under way down, and tell the search what came of it."""
+        active, self._active = self._active, None
+        assert active is not None
+        self._record.add_segment(active.to_segment(self._back_to))
         self._back_to = None
         left = self._steps_left(active)
         answer = TrainResult(tuple(active.losses), status, active.start, tuple(active.grad_norms), left)
-        self._tell(active.train, answer, active.global_step, time.perf_counter() - active.begun)
-
-    def _segment(self, active: _Active) -> Segment:
-        train = active.train
-        return Segment(active.steps_done, train.lr, train.shape, momentum=train.momentum, back_to=self._back_to)
-
-    def _read_losses(self, active: _Active, guarded: bool) -> Status:
-        new = mean_over_ranks(self._trainer.strategy, self._unread)
-        self._unread = []
-        # A checkpoint reads them too; then the next look has to judge them.
-        unjudged = active.losses[active.judged :] + new
-        active.losses.extend(new)
-        active.judged = len(active.losses) if guarded else active.judged
-        if self._grad_norms is not None:
-            active.grad_norms.extend(self._grad_norms.read())
-        limit = math.inf if active.train.stop_above is None else active.train.stop_above
-        return Status.DIVERGED if guarded and any(not x <= limit for x in unjudged) else Status.OK
+        self._conversation.tell(active.train, answer, active.global_step, time.perf_counter() - active.begun)
 
     def _warm_up(self) -> None:
         """One private step that is thrown away.

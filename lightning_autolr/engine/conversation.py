@@ -1,0 +1,95 @@
+"""What the search and the run tell each other: on rank 0 the generator itself, on all ranks the record of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lightning_autolr.core.requests import Answer, Probe, ProbeResult, Request, Requests, Run, Train
+from lightning_autolr.engine.probe import Cost
+from lightning_autolr.engine.ranks import decide
+from lightning_autolr.engine.state import RandomState
+from lightning_autolr.report.trace import Entry, Record
+from lightning_autolr.search.base import AbstractSearch, ReplayError, replay
+
+__all__ = ["Conversation"]
+
+
+class Conversation:
+    """Asks the search for its next request and tells it the answers; a resumed run tells it all of them again.
+
+    Args:
+        strategy: the Trainer's; what rank 0 decides, all do.
+        record: where everything is written down.
+        cost: what the search used up so far.
+        leftover: what a killed run found out after its last checkpoint.
+    """
+
+    def __init__(self, strategy: Any, record: Record, cost: Cost, leftover: list[Entry]) -> None:
+        self._strategy, self._record, self._cost, self._leftover = strategy, record, cost, leftover
+        self._requests: Requests | None = None
+        self._request: Request | None = None
+
+    def begin(self, search: AbstractSearch, run: Run, active: Train | None, may_change: bool) -> Train | None:
+        """Start the search (on rank 0), or bring it to where the record ends.
+
+        Args:
+            search: the search.
+            run: what it may know.
+            active: the training under way in a resumed run.
+            may_change: the search may ask for something else than ``active``: a schedule over another length of run.
+
+        Returns:
+            The training to go on with; ``active``, if there is one and it did not change.
+
+        Raises:
+            ReplayError: the search asks for something else than what stands in the record.
+        """
+        self._requests = search.requests(run)
+        self._request = replay(self._requests, [(e.request, e.answer) for e in self._record.trace])
+        if active is None or self._request == active:
+            return active
+        if not may_change or self._record.trace or not isinstance(self._request, Train):
+            raise ReplayError(
+                f"Expected the resumed search to go on with {active}, got {self._request}. Resume with the same options and "
+                "length of training, or start without the callback's state."
+            )
+        return self._request
+
+    def next(self) -> Request | None:
+        """What the search asks for, on every rank; None when it has ended."""
+        request: Request | None = decide(self._strategy, self._request)
+        return request
+
+    def tell(self, request: Request, answer: Answer, global_step: int, seconds: float, fingerprint: str = "") -> None:
+        """Write the answer down and give it to the search."""
+        spent = self._cost.steps + self._cost.steps_undone
+        self._record.add(Entry(request, answer, global_step, spent, seconds, fingerprint))
+        if self._requests is not None:
+            random_state = RandomState(torch.device(self._strategy.root_device))
+            try:
+                self._request = self._requests.send(answer)
+            except StopIteration:
+                self._request = None
+            random_state.restore()  # fitting a surrogate may draw numbers, also between two real steps
+
+    def known_answer(self, request: Request, global_step: int, fingerprint: str) -> Answer | None:
+        """The answer of a probe that a killed run made from these very weights."""
+        answer: Answer | None = decide(self._strategy, self._look_up(request, global_step, fingerprint))
+        return answer
+
+    def _look_up(self, request: Request, global_step: int, fingerprint: str) -> Answer | None:
+        if isinstance(request, Train) or request.start is not None:
+            return None
+        if isinstance(request, Probe) and (request.keep_end or request.release):
+            return None  # the state that belongs to it is gone
+        for entry in self._leftover:
+            same_place = entry.global_step == global_step and entry.fingerprint == fingerprint
+            if same_place and entry.request == request:
+                self._cost.steps = max(self._cost.steps, entry.search_steps - self._cost.steps_undone)
+                self._cost.seconds += entry.seconds
+                if isinstance(entry.answer, ProbeResult):
+                    self._cost.eval_batches += sum(len(evaluation.losses) for evaluation in entry.answer.evaluations)
+                return entry.answer
+        return None
