@@ -26,11 +26,8 @@ from lightning_autolr.core.requests import (
     Train,
     TrainResult,
 )
-from lightning_autolr.core.surrogate import Hyperparameters
-from lightning_autolr.report import figures
+from lightning_autolr.core.surrogate import Hyperparameters, posterior
 from lightning_autolr.report.figures import (
-    BLUE,
-    GREEN,
     autowu_figure,
     beam_figure,
     candidates_figure,
@@ -43,6 +40,7 @@ from lightning_autolr.report.figures import (
     save_figure,
     schedule_figure,
 )
+from lightning_autolr.report.figures.style import BLUE, GREEN, PURPLE, RED
 from lightning_autolr.report.inspect import Candidate, Search, pieces_of, range_suggestion, searches_of
 from lightning_autolr.report.trace import Entry
 from lightning_autolr.schedules import Linear, Segment
@@ -71,8 +69,8 @@ class Warmup(AbstractSearch):
 def given_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fixed hyper-parameters: fitting takes time and is tested elsewhere."""
     known = Hyperparameters(noise=1e-6)
-    posterior = figures.posterior
-    monkeypatch.setattr(figures, "posterior", lambda *a, **k: posterior(*a, **k, hyperparameters=known))
+    process = "lightning_autolr.report.figures.candidates.posterior"
+    monkeypatch.setattr(process, lambda *a, **k: posterior(*a, **k, hyperparameters=known))
 
 
 def rendered(figure: Any) -> bytes:
@@ -227,7 +225,7 @@ def test_autowu_shows_the_minimum_and_the_switch() -> None:
     pairs.append((Train(0.003, None, label="decay"), TrainResult(tuple(np.ones(100)))))
     top, middle, bottom = autowu_figure(pieces_of(entries_of(pairs), segments_of(pairs))).axes
     for axes in (top, middle, bottom):
-        (minimum,), (switch,) = lines(axes, GREEN), lines(axes, figures.RED)
+        (minimum,), (switch,) = lines(axes, GREEN), lines(axes, RED)
         assert minimum.get_xdata()[0] == pytest.approx(120, abs=5)
         assert switch.get_xdata()[0] == 200
     (probability,) = lines(middle, BLUE)
@@ -253,10 +251,10 @@ def test_stage_shows_scores_errors_process_and_choice() -> None:
     x, y = mean.get_data()
     assert (x[0], x[-1]) == pytest.approx((0.01, 0.3))  # the best one and its neighbours, not the one that diverged
     assert 0.9 < np.interp(0.1, x, y) < 1.1  # where the errors are small it goes through the scores
-    assert lines(below, figures.PURPLE)[0].get_ydata().min() >= 0
+    assert lines(below, PURPLE)[0].get_ydata().min() >= 0
     for axes in (top, below):
         assert lines(axes, GREEN)[0].get_xdata()[0] == 0.1
-    assert [list(x.get_xdata()) for x in lines(top, figures.RED)] == [[1.0]]
+    assert [list(x.get_xdata()) for x in lines(top, RED)] == [[1.0]]
     assert top.get_xscale() == "log"
 
 
