@@ -47,6 +47,7 @@ class AutoLRS(AbstractSearch):
     2. **No later searches.** Short probes taken later only ever say "lower" (short-horizon bias, Wu et al. 2018, arXiv
        1803.02021). The peak is the best candidate divided by ``caution``, since a run is longer than a probe. After a warm-up
        it goes to zero over the last ``anneal_fraction`` of the run, by default along REX, which stays high for long.
+
     The callback puts a :class:`~lightning_autolr.search.ratchet.Ratchet` around it, which answers what no short probe can see:
     overfitting, and a peak that is too high for a long run.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any, Literal
 
 import numpy as np
@@ -27,8 +28,9 @@ class Ratchet:
 
     It undoes the training since the lowest loss, and divides the learning rate by ``shrink`` for the rest of the segment,
 
-    - at once, when more than half of all that was gained is lost again, or the training diverged;
-    - when the mean of the last ``patience`` looks is above that of the ``patience`` looks before, none of them made while
+    - at once, when the training diverged, or more than half of all that was gained is lost again, in the looks and in the
+      training losses alike (with batch normalisation, looks alone jump when nothing is wrong);
+    - when the median of the last ``patience`` looks is above that of the ``patience`` looks before, none of them made while
       the learning rate is at its highest: there losses jitter around a trend that they hide.
 
     The run ends on the weights with the lowest loss: its last step goes back to them. Undone steps count as steps of the run.
@@ -101,6 +103,25 @@ class Guarded(AbstractSearch):
 
 
 @dataclass
+class _TrainLosses:
+    """Medians of the training losses of a stage each."""
+
+    first: float | None = None
+    best: float = math.inf
+    last: float = math.inf
+
+    def add(self, losses: Sequence[float]) -> None:
+        if losses:
+            self.last = median(losses)
+            self.best = min(self.best, self.last)
+            self.first = losses[0] if self.first is None else self.first
+
+    def are_lost(self) -> bool:
+        """Whether more than half of what was gained is lost again."""
+        return self.first is not None and not self.last <= self.best + max(0.0, 0.5 * (self.first - self.best))
+
+
+@dataclass
 class _Watch:
     """What the ratchet remembers."""
 
@@ -117,6 +138,7 @@ class _Watch:
     lr: float = 0.0  # of the last step, as the search wanted it ...
     last_lr: float = 0.0  # ... and as it was
     limit: float | None = None
+    train_losses: _TrainLosses = field(default_factory=_TrainLosses)
 
     def __post_init__(self) -> None:
         self.left: float = math.inf if self.run.total_steps is None else self.run.total_steps
@@ -210,6 +232,7 @@ class _Watch:
         lrs = [request.lr * request.shape(step) for step in sorted(at)]
         self.highest_lr = max(self.highest_lr, *lrs)
         self.lr = lrs[-1]
+        self.train_losses.add(losses)
         if self.limit is None:
             self.limit = divergence_limit(losses)
 
@@ -219,7 +242,9 @@ class _Watch:
         assert self.best is not None
         self.since = 0
         self.is_new = after is not None and after.loss < self.best.loss
-        blew_up = after is None or _blew_up(self.first, self.best, after)
+        blew_up = after is None or not math.isfinite(after.loss)
+        if after is not None and not blew_up:
+            blew_up = self.train_losses.are_lost() and _is_lost(self.first, self.best, after)
         if self.lr >= self.highest_lr * (1 - 1e-9):
             self.seen = []
         elif after is not None:
@@ -247,14 +272,12 @@ def _from(schedule: Schedule, step: int) -> Schedule:
 
 
 def _does_not_fall(losses: Sequence[float], window: int) -> bool:
-    """Whether the mean of the last ``window`` losses is above that of the ``window`` before them."""
-    return len(losses) >= 2 * window and math.fsum(losses[-window:]) > math.fsum(losses[-2 * window : -window])
+    """Whether the median of the last ``window`` losses is above that of the ``window`` before them."""
+    return len(losses) >= 2 * window and median(losses[-window:]) > median(losses[-2 * window : -window])
 
 
-def _blew_up(first: ProbeResult, best: ProbeResult, after: ProbeResult) -> bool:
+def _is_lost(first: ProbeResult, best: ProbeResult, after: ProbeResult) -> bool:
     """Whether more than half of all that was gained since the first look is lost again."""
-    if not math.isfinite(after.loss):
-        return True
     mean, error = paired(best, after)
     gained = first.loss - best.loss
     return mean > max(4 * error, 0.5 * gained, _LITTLE * abs(first.loss))

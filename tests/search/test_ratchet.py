@@ -24,10 +24,14 @@ from tests.zoo import Problem, Quadratic, noisy_quadratic, off_centre
 
 @dataclass
 class Curve:
-    """Answers a search with made-up validation losses: one for each look of the ratchet."""
+    """Answers a search with made-up validation losses: one for each look of the ratchet.
+
+    Training losses are those of the next look, unless others are given.
+    """
 
     looks: list[float]
     diverge_at: int | None = None
+    training: list[float] | None = None
 
     def run(self, search: AbstractSearch, total: int) -> list[tuple[Train, int]]:
         requests = search.requests(Run(total_steps=total, lr=0.1))
@@ -38,8 +42,9 @@ class Curve:
                 if isinstance(request, Train):
                     kept += request.keep_start
                     diverged = self.diverge_at == len(trained)
+                    training = self.looks if self.training is None else self.training
                     answer = TrainResult(
-                        (1.0,) * (request.num_steps or 1),
+                        (training[min(look, len(training) - 1)],) * (request.num_steps or 1),
                         Status.DIVERGED if diverged else Status.OK,
                         f"s{kept}" if request.keep_start else None,
                     )
@@ -73,8 +78,8 @@ def test_overfitting_goes_back_to_the_lowest_loss_and_halves(patience: int) -> N
     search = Guarded(Fixed(Linear()), Ratchet(patience=patience))
     trained = Curve(losses).run(search, 400)
     first_undo = next(i for i, (q, _) in enumerate(trained) if q.start)
-    means = [math.fsum(losses[k - patience + 1 : k + 1]) for k in range(40)]  # of the looks that end at number k
-    window = next(k for k in range(2 * patience, 40) if means[k] > means[k - patience])
+    medians = [np.median(losses[max(0, k - patience + 1) : k + 1]) for k in range(40)]  # of the looks up to number k
+    window = next(k for k in range(2 * patience, 40) if medians[k] > medians[k - patience])
     assert first_undo == window
     assert trained[first_undo][0].lr == pytest.approx(trained[first_undo - 1][0].lr / search.ratchet.shrink)
     assert all(q.lr == trained[0][0].lr for q, _ in trained[:first_undo])
@@ -111,6 +116,13 @@ def test_a_blow_up_is_undone_at_once_even_at_the_highest_rate() -> None:
     assert trained[3][0].lr == pytest.approx(trained[2][0].lr / 2)
     diverged = Curve([1 / (1 + i) for i in range(100)], diverge_at=4).run(hold, 400)
     assert diverged[5][0].start is not None
+
+
+def test_a_look_that_jumps_while_training_does_not_is_no_blow_up() -> None:
+    looks = [2.0, 1.0, 0.8, 1.9, 0.7, *(0.6 - 0.01 * i for i in range(40))]
+    falling = [2 - 0.04 * i for i in range(50)]
+    assert not any(q.start for q, _ in Curve(looks, training=falling).run(FALLING, 400))
+    assert any(q.start for q, _ in Curve(looks).run(FALLING, 400))
 
 
 def test_noise_at_the_highest_rate_undoes_nothing() -> None:
