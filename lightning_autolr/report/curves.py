@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from lightning_autolr.core.requests import LineProbe, ProbeResult
+from lightning_autolr.report.inspect.searches import steps_of
 from lightning_autolr.report.trace import read_trace
 from lightning_autolr.schedules import Schedule
 
@@ -71,12 +71,8 @@ def _searches(trace: Path) -> Points:
     """Private steps are those of probes; steps that were trained and undone are steps of the Trainer already."""
     points: list[tuple[int, float]] = []
     for entry in read_trace(str(trace)) if trace.exists() else ():
-        request, answer = entry.request, entry.answer
-        if isinstance(request, LineProbe):
-            made = request.horizon
-        elif isinstance(answer, ProbeResult):
-            made = len(answer.losses)
-        else:
+        made = steps_of(entry)
+        if not made:
             continue
         points.append((entry.global_step, made + (points[-1][1] if points else 0)))
     return points
