@@ -108,7 +108,7 @@ def test_bounds_are_kept() -> None:
 
 
 def test_an_unknown_end_is_held() -> None:
-    search = Guarded(AutoLRS(tau=20), Ratchet(longest_stage=20)).requests(Run(total_steps=None, lr=0.1))
+    search = Guarded(AutoLRS(tau=200), Ratchet(longest_stage=20)).requests(Run(total_steps=None, lr=0.1))
     request, trained = next(search), []
     for number in range(60):
         if isinstance(request, Train):
