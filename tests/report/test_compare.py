@@ -359,7 +359,7 @@ COMPARE = [
 
 @pytest.mark.slow
 def test_two_methods_from_the_command_line_at_equal_total_steps(tmp_path: Path) -> None:
-    options = ["--seeds=2", "--jobs=2", "--equal_total_steps=true", "--out=there"]
+    options = ["--seeds=2", "--jobs=2", "--equal-total-steps", "--out=there"]
     done = subprocess.run([*COMPARE, *options, *SHORT], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "there/comparison.json").read_text())
