@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
+from quiet import quiet_trainer
 from scipy import stats
 
 from lightning_autolr import FactorSearchCallback
@@ -64,19 +65,7 @@ def run(task: str, options: dict[str, Any], lr: float, seed: int, steps: int, fo
     module = ClassificationTask(ConvNet(widths=(16, 32)), optimizer=partial(optimizer, lr=lr))
     options = {"every": max(1, steps // 20), "max_lr": 100.0, **options}
     callback = FactorSearchCallback(count_search=True, figures=False, seed=seed, **options)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        callbacks=[callback],
-        logger=False,
-        default_root_dir=folder,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        check_val_every_n_epoch=None,
-        val_check_interval=steps,
-        num_sanity_val_steps=0,
-    )
+    trainer = quiet_trainer(folder, steps, callbacks=[callback], val_check_interval=steps)
     data = make_data()
     trainer.fit(module, data)
     (validated,) = trainer.validate(module, data, verbose=False)

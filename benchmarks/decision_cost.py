@@ -22,12 +22,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
+from quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -188,16 +190,7 @@ def weighed() -> Iterator[dict[str, int]]:
 def fit(subject: Subject, callback: Callback, optimizer: Any, max_steps: int) -> ClassificationTask:
     seed_everything(0, verbose=False)
     module = ClassificationTask(subject.network(), num_classes=256, optimizer=optimizer)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=max_steps,
-        callbacks=[callback],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tempfile.mkdtemp(),
-    )
+    trainer = quiet_trainer(Path(tempfile.mkdtemp()), max_steps, callbacks=[callback])
     trainer.fit(module, subject.loader())
     return module
 

@@ -27,8 +27,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from pytorch_optimizer import Lamb
+from quiet import quiet_trainer
 from scipy import stats
 from torch import nn
 
@@ -88,19 +89,8 @@ def run(batch_size: int, method: str, lr: float | None, seed: int, epochs: int, 
     module = ClassificationTask(Perceptron(), optimizer=optimizer)
     callback = callback_of(method, epochs)
     total = num_steps(batch_size, epochs)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=total,
-        callbacks=[callback],
-        logger=False,
-        default_root_dir=folder / f"{batch_size}-{method}-{lr}-{seed}".replace(" ", "_"),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        check_val_every_n_epoch=None,
-        val_check_interval=total,
-        num_sanity_val_steps=0,
-    )
+    name = f"{batch_size}-{method}-{lr}-{seed}".replace(" ", "_")
+    trainer = quiet_trainer(folder / name, total, callbacks=[callback], val_check_interval=total)
     begun = time.perf_counter()
     trainer.fit(module, data(batch_size))
     seconds = time.perf_counter() - begun

@@ -30,8 +30,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import Callback
+from quiet import quiet_trainer
 from scipy.stats import bootstrap
 
 from lightning_autolr import AutoLRSCallback, BeamSearchCallback, FactorSearchCallback, ScheduleCallback, SearchCallback
@@ -210,19 +211,8 @@ def run(name: str, method: str, lr: float | None, seed: int, steps: int | None, 
     seed_everything(seed, verbose=False)
     module = ClassificationTask(task.network(), num_classes=task.num_classes, optimizer=optimizer)
     curve = Curve()
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=total,
-        callbacks=[*callbacks, curve],
-        logger=False,
-        default_root_dir=folder / f"{name}-{method}-{lr}-{seed}".replace(" ", "_"),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        check_val_every_n_epoch=None,
-        val_check_interval=max(1, total // 20),
-        num_sanity_val_steps=0,
-    )
+    place = folder / f"{name}-{method}-{lr}-{seed}".replace(" ", "_")
+    trainer = quiet_trainer(place, total, callbacks=[*callbacks, curve], val_check_interval=max(1, total // 20))
     begun = time.perf_counter()
     data = task.data()
     trainer.fit(module, data)

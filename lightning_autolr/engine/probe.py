@@ -242,7 +242,8 @@ class Prober:
     def _survives(self, work: Callable[[int], None], step: int, again: Callable[..., Any], *args: Any) -> Status:
         """Do a piece of work. Its exception is an answer when the weights are to blame: the real ones do not raise it.
 
-        User code may refuse to work with NaN, and so does anomaly detection.
+        User code may refuse to work with NaN, and so does anomaly detection. What the real weights raise, too, is the user's
+        own error and ends the run, with the real state in place.
         """
         try:
             work(step)
@@ -253,6 +254,8 @@ class Prober:
             try:
                 again(*args)
             except Exception:
+                # Whatever the second try raises, the user gets the first error. The second may come from an iterator that
+                # the first one broke; as a StopIteration it would even look to the Trainer like the end of an epoch.
                 raise error from None
             return Status.DIVERGED
         return Status.OK

@@ -46,7 +46,7 @@ def _child(rank: int, world: int, port: int, work: Callable[[int, Path], None], 
     try:
         work(rank, folder)
     except BaseException:
-        traceback.print_exc()
+        traceback.print_exc()  # of whatever it was: a skip or an exit of one rank is a failure of the test, too
         os._exit(1)  # the other ranks may hang in a collective: let the parent end them
     torch.distributed.destroy_process_group()
 
