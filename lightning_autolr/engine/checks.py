@@ -11,7 +11,7 @@ from lightning_autolr.core.requests import Run
 from lightning_autolr.engine import compat
 from lightning_autolr.engine.steps import steps_per_batch
 
-__all__ = ["TESTED_STRATEGIES", "check_choice", "check_trainer", "facts_of", "known_total"]
+__all__ = ["TESTED_STRATEGIES", "check_choice", "check_trainer", "facts_of"]
 
 TESTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
 
@@ -48,7 +48,7 @@ def check_trainer(trainer: Any, pl_module: Any, objective: str, allow_untested: 
         )
 
 
-def known_total(trainer: Any, total_steps: int | Literal["auto"]) -> int | None:
+def _known_total(trainer: Any, total_steps: int | Literal["auto"]) -> int | None:
     """The steps of the run as we count them; None when nobody knows."""
     if total_steps != "auto":
         return int(total_steps)
@@ -66,7 +66,7 @@ def facts_of(trainer: Any, lr: float, total_steps: int | Literal["auto"], count_
     """What a search may know of the run."""
     batches = trainer.num_training_batches
     return Run(
-        total_steps=known_total(trainer, total_steps),
+        total_steps=_known_total(trainer, total_steps),
         lr=lr,
         has_validation=bool(trainer.enable_validation),
         steps_per_epoch=None if batches == math.inf else math.ceil(batches / steps_per_batch(trainer)),

@@ -31,7 +31,7 @@ from lightning_autolr.core.requests import (
     encode,
 )
 from lightning_autolr.engine import compat
-from lightning_autolr.engine.checks import check_choice, check_trainer, facts_of, known_total
+from lightning_autolr.engine.checks import check_choice, check_trainer, facts_of
 from lightning_autolr.engine.conversation import Conversation
 from lightning_autolr.engine.figure_log import FigureLog, log_account, options_of
 from lightning_autolr.engine.files import Place
@@ -357,6 +357,7 @@ class SearchCallback(Callback):
     def _start_search(self) -> None:
         """Begin the search on rank 0, or bring it to where the trace ends."""
         run = facts_of(self._trainer, self._lr.reference, self.total_steps, self.count_search)
+        self._total = run.total_steps  # asked for once: the Trainer counts its batches anew each time
         if self._trainer.is_global_zero:
             search = self.make_search(run)
             if self.ratchet is not None:
@@ -443,7 +444,7 @@ class SearchCallback(Callback):
         """How many steps a run of unknown length has left, if that is known: from the user, or from ``max_time``."""
         if self._ends_at is not None:
             return max(0, self._ends_at - self._trained())
-        if known_total(self._trainer, self.total_steps) is not None:
+        if self._total is not None:
             return None
         seconds = [c.time_remaining() for c in self._trainer.callbacks if isinstance(c, Timer)]
         per_step = (time.perf_counter() - active.begun) / max(1, active.steps_done)
@@ -453,8 +454,9 @@ class SearchCallback(Callback):
         """Whether the run ends here although the Trainer does not know."""
         if self._ends_at is not None and self._trained() >= self._ends_at:
             return True
-        total = known_total(self._trainer, self.total_steps) if self.count_search else None
-        return total is not None and self._trained() + self._prober.cost.steps >= total
+        if not self.count_search or self._total is None:
+            return False
+        return self._trained() + self._prober.cost.steps >= self._total
 
     def _finish(self, status: Status) -> None:
         """Write the training under way down, and tell the search what came of it."""
