@@ -200,7 +200,7 @@ class _Toy:
         else:
             direction = moved(request.lr) - here
             points = [here + f * direction for f in request.factors]
-        return LineResult(base=loss(here), losses=tuple(loss(w) for w in points))
+        return LineResult(base=self.problem.loss(here - batches[0]), losses=tuple(loss(w) for w in points))
 
     def evaluate(self, request: Probe, state: State, step: int) -> list[Evaluation]:
         if request.evaluate == "none":

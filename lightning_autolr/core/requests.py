@@ -116,7 +116,7 @@ class LineProbe:
 
     Args:
         lr: learning rate at factor 1, > 0.
-        factors: multiples of the update to evaluate, each >= 0. The loss at factor 0 is always part of the answer.
+        factors: multiples of the update to evaluate, each >= 0.
         draw: number of the draw of batches; the direction comes from its first ``horizon`` steps.
         horizon: optimizer steps that make the direction, >= 1.
         evaluate_on: the batch of the direction's last step, the batch after it, or the validation batches.
@@ -216,7 +216,12 @@ class ProbeResult:
 
 @dataclass(frozen=True)
 class LineResult:
-    """Answer to a :class:`LineProbe`: the loss before the step, and one loss per factor."""
+    """Answer to a :class:`LineProbe`: one loss per factor.
+
+    ``base`` is the training loss before the direction's first step, which comes with it at no cost; NaN when there is none.
+    It is the loss at factor 0 where ``evaluate_on`` is "same" and the horizon 1, and a loss on another batch elsewhere: ask for
+    factor 0 to compare with no step at all.
+    """
 
     base: float
     losses: tuple[float, ...]

@@ -47,7 +47,7 @@ def scored_factor(
     Args:
         factors: multiples of the learning rate, each > 0, shape ``(n,)``.
         losses: loss after the step at each of them, shape ``(n,)``.
-        base: loss before the step. Needed for the clip and for ``"improvement"``; without it nothing is clipped.
+        base: loss before the step, on the same batch; ``"improvement"`` needs it.
         normalization: see :func:`normalize`.
         temperature: T > 0. Towards 0 the factor with the lowest loss wins alone, towards infinity all count the same.
         outlier_clip: see :func:`clip_outliers`; None clips nothing, as published.
@@ -74,9 +74,9 @@ def scored_factor(
     if usable.all() and _equal(y):
         return 1.0
     if base is not None and not abs(base) < _HUGE:
-        base = None
-    if base is not None and outlier_clip is not None:
-        y = clip_outliers(y, base, outlier_clip)
+        base = np.inf
+    if outlier_clip is not None:
+        y = clip_outliers(y, outlier_clip)
     x = normalize(y, normalization, base)
     # the scores matter up to a common factor only: without the minimum nothing overflows at small temperatures
     return weighted_geometric_mean(f[usable], np.exp(-(x - x.min()) / temperature))
@@ -91,17 +91,18 @@ def weighted_geometric_mean(factors: ArrayLike, scores: ArrayLike) -> float:
     return float(np.exp(np.average(np.log(factors), weights=np.asarray(scores, dtype=np.float64))))
 
 
-def clip_outliers(losses: ArrayLike, base: float, strength: float = 3.0) -> Array:
-    r"""Cap every loss at :math:`b + k\,|b - \min \ell|`, with ``base`` b and ``strength`` k.
+def clip_outliers(losses: ArrayLike, strength: float = 3.0) -> Array:
+    r"""Cap every loss at :math:`m + k\,(m - \min \ell)`, with the losses' median m and ``strength`` k.
 
-    One exploding candidate then does not dominate mean and standard deviation and make the others look equal.
-    The size of the best candidate's change is the yardstick, also when every candidate is worse than no step at all.
+    One exploding candidate then does not dominate mean and standard deviation and make the others look equal. Where half of
+    the losses equal the lowest, they say nothing that could be drowned, and nothing is capped.
 
-    >>> clip_outliers([100.0, 0.9, 1.05], base=1.0).round(6).tolist()
-    [1.3, 0.9, 1.05]
+    >>> clip_outliers([100.0, 0.9, 1.05]).round(6).tolist()
+    [1.5, 0.9, 1.05]
     """
     y = np.asarray(losses, dtype=np.float64)
-    return np.asarray(np.minimum(y, base + strength * abs(base - y.min())))
+    low, middle = y.min(), np.median(y)
+    return np.asarray(np.minimum(y, middle + strength * (middle - low)) if middle > low else y)
 
 
 def normalize(losses: ArrayLike, how: Normalization = "zscore", base: float | None = None) -> Array:

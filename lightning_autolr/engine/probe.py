@@ -301,14 +301,13 @@ class Prober:
         return self._validation
 
     def _line_probe(self, request: LineProbe) -> LineResult:
-        if request.exact:
-            losses = [self._line_loss(request, factor) for factor in (0.0, *request.factors)]
-        else:
-            losses = self._losses_along(request)
-        return LineResult(losses[0], tuple(losses[1:]))
+        if not request.exact:
+            return self._losses_along(request)
+        found = [self._line_loss(request, factor) for factor in request.factors]
+        return LineResult(next((base for base, _ in found if base is not None), math.nan), tuple(x for _, x in found))
 
     @torch.no_grad()
-    def _losses_along(self, request: LineProbe) -> list[float]:
+    def _losses_along(self, request: LineProbe) -> LineResult:
         """Losses at ``weights + factor * update``; one more copy of the weights in memory."""
         if self.is_linear is None:
             self.is_linear = self._check_linear(request)
@@ -318,14 +317,14 @@ class Prober:
                 f"Expected an optimizer whose update is proportional to its learning rate, got {kinds}. Pass `exact=True` to "
                 "make one real step per factor instead."
             )
-        update = self._update(request, request.lr, request.horizon)
+        update, base = self._update(request, request.lr, request.horizon)
         weights = [local_tensor(p) for p in self._module.parameters()]
         losses, at = [], 0.0
-        for factor in (0.0, *request.factors):
+        for factor in request.factors:
             torch._foreach_add_(weights, update, alpha=factor - at)
-            at, self._at = factor, None
+            at = factor
             losses.append(self._line_evaluation(request))
-        return losses
+        return LineResult(base, tuple(losses))
 
     def _check_linear(self, request: LineProbe) -> bool:
         """Whether twice the learning rate makes twice the update.
@@ -333,7 +332,7 @@ class Prober:
         Where updates are too small to be told from the rounding of the weights, larger ones are looked at.
         """
         for scale in (1.0, 1e3, 1e6):
-            once, twice = (self._update(request, s * request.lr, 1) for s in (scale, 2 * scale))
+            once, twice = (self._update(request, s * request.lr, 1)[0] for s in (scale, 2 * scale))
             weights = [local_tensor(p) for p in self._module.parameters()]
             here = (
                 _squares(2 * a - b for a, b in zip(once, twice, strict=True)),
@@ -347,35 +346,38 @@ class Prober:
         return error <= 1e-4 * size + 4 * rounding
 
     @torch.no_grad()
-    def _update(self, request: LineProbe, lr: float, num_steps: int) -> list[Tensor]:
-        """What ``num_steps`` steps add to the weights. Leaves the weights as they were."""
+    def _update(self, request: LineProbe, lr: float, num_steps: int) -> tuple[list[Tensor], float]:
+        """What ``num_steps`` steps add to the weights, and the loss before them. Leaves the weights as they were."""
         self._go_to(request.start or "here")
         weights = [local_tensor(p) for p in self._module.parameters()]
         before = [w.detach().clone() for w in weights]
-        self._make_steps(request, lr, num_steps)
+        base = self._make_steps(request, lr, num_steps)
         torch._foreach_neg_(before)
         torch._foreach_add_(before, weights)
         self._go_to(request.start or "here")
-        return before
+        return before, base
 
-    def _line_loss(self, request: LineProbe, factor: float) -> float:
-        """The loss after real steps at ``lr * factor``."""
+    def _line_loss(self, request: LineProbe, factor: float) -> tuple[float | None, float]:
+        """The losses before (None: there was no step) and after real steps at ``lr * factor``."""
         self._go_to(request.start or "here")
-        if factor > 0:
-            self._make_steps(request, request.lr * factor, request.horizon)
-        return self._line_evaluation(request)
+        base = self._make_steps(request, request.lr * factor, request.horizon) if factor > 0 else None
+        return base, self._line_evaluation(request)
 
-    def _make_steps(self, request: LineProbe, lr: float, num_steps: int) -> None:
+    def _make_steps(self, request: LineProbe, lr: float, num_steps: int) -> float:
+        """Steps from where the weights are; the training loss before the first of them, NaN without one."""
         self._seed(request.draw, 0)
+        losses = []
         with torch.enable_grad():
             for step in range(num_steps):
                 self._progress(request, step)
                 self._lr.set(lr)
-                self._step(request.draw, step)
+                losses.append(self._step(request.draw, step))
+        return math.nan if losses[0] is None else mean_over_ranks(self._strategy, losses[:1])[0]
 
     @torch.no_grad()
     def _line_evaluation(self, request: LineProbe) -> float:
         assert self._sink is not None
+        self._at = None  # in training mode an evaluation moves batch statistics
         self._seed(request.draw, 0)
         if request.evaluate_on == "validation":
             losses = self._evaluate(Probe(lr=request.lr, num_steps=0))

@@ -26,8 +26,8 @@ class FactorSearch(AbstractSearch):
     r"""Every so many steps, try one update at several sizes; the learning rate follows the factor they speak for.
 
     :math:`\eta \leftarrow F \eta` with F from :func:`~lightning_autolr.core.scores.scored_factor`, then clipped to the
-    bounds. A decision costs one forward and backward pass, ``len(factors) + 1`` forward passes, and the memory of the
-    update and of one copy of the training state, whatever the number of factors; ``guard`` keeps another copy.
+    bounds. A decision costs one forward and backward pass, a forward pass for each factor, and the memory of the update and
+    of one copy of the training state, whatever the number of factors; ``guard`` keeps another copy.
 
     Differs from the published method (POSTECH CSED538, 2024, algorithm 1):
 
@@ -112,7 +112,7 @@ class FactorSearch(AbstractSearch):
         if self.back_off is not None and not self.back_off > 0:
             raise ValueError(f"Expected back_off > 0 or None, got {self.back_off=}.")
         self._factor(
-            LineResult(1.0, tuple(range(len(self.factors)))), 0
+            LineResult(1.0, tuple(range(len(self._tried)))), 0
         )  # a wrong score option shows here, not in an hour
         drift = math.exp(math.fsum(map(math.log, self.factors)) / len(self.factors))
         if not math.isclose(drift, 1, rel_tol=1e-6):
@@ -139,7 +139,7 @@ class FactorSearch(AbstractSearch):
         for number in itertools.count():
             answer: LineResult = yield LineProbe(
                 lr=lr,
-                factors=self.factors,
+                factors=self._tried,
                 draw=number,
                 horizon=self.horizon,
                 evaluate_on=self.evaluate_on,
@@ -155,7 +155,7 @@ class FactorSearch(AbstractSearch):
             started = True
             settled = self.back_off is not None and abs(factor - 1) <= self.back_off
             interval = min(2 * interval, _LONGEST * every) if settled else every
-            tried = ", ".join(f"{loss:.4g} at x {f:.3g}" for f, loss in zip(self.factors, answer.losses, strict=True))
+            tried = ", ".join(f"{loss:.4g} at x {f:.3g}" for f, loss in zip(self._tried, answer.losses, strict=True))
             if math.isfinite(answer.base):
                 highest = max(highest, answer.base)
             train = Train(
@@ -185,14 +185,19 @@ class FactorSearch(AbstractSearch):
             return None
         return highest + (self.guard - 1) * abs(highest) if math.isfinite(highest) else math.inf
 
+    @property
+    def _tried(self) -> tuple[float, ...]:
+        """The factors, and no step at all where the score needs its loss (one more forward pass)."""
+        return (0.0, *self.factors) if self.normalize == "improvement" else self.factors
+
     def _factor(self, answer: LineResult, number: int) -> float:
-        losses = answer.losses
+        losses = answer.losses[-len(self.factors) :]
         if self.shuffle_scores:
             losses = tuple(np.random.default_rng((self.seed, number)).permutation(losses).tolist())
         return scored_factor(
             self.factors,
             losses,
-            answer.base,
+            answer.losses[0],
             normalization=self.normalize,
             temperature=self.temperature,
             outlier_clip=self.outlier_clip,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class Ask(Callback):
         self.request = request
         self.answer: Any = None
         self.expected: list[float] = []
+        self.before = math.nan
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx != 2:
@@ -68,6 +70,7 @@ class Ask(Callback):
         prober.close()
         assert differences(before, module.state_dict()) == []
         assert differences(momenta, [s["momentum_buffer"] for s in trainer.optimizers[0].state.values() if s]) == []
+        self.before = float(module.loss(batches[0]).detach())
         if momenta:
             self.expected = by_hand(module, momenta, batches, (0.0, *self.request.factors), self.request)
         module.load_state_dict(before)
@@ -96,14 +99,26 @@ def test_a_line_probe_measures_what_it_says_and_leaves_no_trace(evaluate_on: Any
     ask = Ask(LineProbe(0.1, (4.0, 1.0, 0.25), draw=3, evaluate_on=evaluate_on, exact=exact))
     fit_tiny(tmp_path, [ask])
     assert isinstance(ask.answer, LineResult)
-    assert [ask.answer.base, *ask.answer.losses] == pytest.approx(ask.expected, rel=1e-5)
+    assert list(ask.answer.losses) == pytest.approx(ask.expected[1:], rel=1e-5)
+    assert ask.answer.base == pytest.approx(ask.before, rel=1e-5)
+    if evaluate_on == "same":
+        assert ask.answer.base == pytest.approx(ask.expected[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_no_step_is_a_factor_like_others(exact: bool, tmp_path: Path) -> None:
+    ask = Ask(LineProbe(0.1, (0.0, 1.0, 0.0), draw=3, exact=exact))
+    fit_tiny(tmp_path, [ask])
+    assert list(ask.answer.losses) == pytest.approx(ask.expected[1:], rel=1e-5)
+    assert ask.answer.losses[0] == ask.answer.losses[2]
+    assert ask.answer.base == pytest.approx(ask.before, rel=1e-5)
 
 
 def test_a_learning_rate_too_small_to_see_is_not_taken_for_a_strange_optimizer(tmp_path: Path) -> None:
     """Its update drowns in the rounding of the weights, but the optimizer is as linear as ever."""
-    ask = Ask(LineProbe(1e-7, (2.0, 1.0, 0.5)))
+    ask = Ask(LineProbe(1e-7, (2.0, 1.0, 0.0)))
     fit_tiny(tmp_path, [ask])
-    assert list(ask.answer.losses) == pytest.approx([ask.answer.base] * 3, rel=1e-5)
+    assert list(ask.answer.losses) == pytest.approx(ask.answer.losses[2:] * 3, rel=1e-5)
 
 
 class Squared(torch.optim.Optimizer):

@@ -33,7 +33,7 @@ OPTIONS = ["zscore", "zscore_population", "minmax", "softmax", "sum"]
     ],
 )
 def test_factors_of_given_losses(factors: list[float], losses: list[float], expected: list[float]) -> None:
-    got = [scored_factor(factors, losses, normalization=how) for how in OPTIONS]  # type: ignore[arg-type]
+    got = [scored_factor(factors, losses, normalization=how, outlier_clip=None) for how in OPTIONS]  # type: ignore[arg-type]
     assert got == pytest.approx(expected, abs=5e-7)
 
 
@@ -49,9 +49,10 @@ def test_factors_of_given_losses(factors: list[float], losses: list[float], expe
 def test_factors_on_half_w_squared(lr: float, losses: list[float], zscore: float, minmax: float | None) -> None:
     exact = [0.5 * (1 - lr * f) ** 2 for f in (2, 1, 0.5)]
     assert exact == pytest.approx(losses, abs=5e-7)
-    assert scored_factor([2, 1, 0.5], exact) == pytest.approx(zscore, abs=5e-7)
+    assert scored_factor([2, 1, 0.5], exact, outlier_clip=None) == pytest.approx(zscore, abs=5e-7)
     if minmax is not None:
-        assert scored_factor([2, 1, 0.5], exact, normalization="minmax") == pytest.approx(minmax, abs=5e-7)
+        got = scored_factor([2, 1, 0.5], exact, normalization="minmax", outlier_clip=None)
+        assert got == pytest.approx(minmax, abs=5e-7)
 
 
 def test_intermediate_values() -> None:
@@ -106,17 +107,27 @@ def test_one_factor_is_a_constant_multiplier() -> None:
 
 def test_an_exploding_candidate_does_not_flatten_the_others() -> None:
     factors, rest = [4, 2, 1, 0.5], [1.0, 0.8, 0.9]
-    explodes = [scored_factor(factors, [loss, *rest], base=1.0) for loss in (2.0, 1e6, 1e30)]
-    assert explodes == pytest.approx([explodes[0]] * 3)  # all three are capped at 1 + 3 * (1 - 0.8)
-    assert clip_outliers([1e30, *rest], base=1.0) == pytest.approx([1.6, *rest])
-    flat = scored_factor(factors, [1e30, *rest], base=1.0, outlier_clip=None)
+    explodes = [scored_factor(factors, [loss, *rest]) for loss in (2.0, 1e6, 1e30)]
+    assert explodes == pytest.approx([explodes[0]] * 3)  # all three are capped at 0.95 + 3 * (0.95 - 0.8)
+    assert clip_outliers([1e30, *rest]) == pytest.approx([1.4, *rest])
+    flat = scored_factor(factors, [1e30, *rest], outlier_clip=None)
     assert flat == pytest.approx(weighted_geometric_mean(factors, np.exp([-1.5, 0.5, 0.5, 0.5])))
 
 
 def test_when_every_step_is_worse_than_none_the_rate_falls() -> None:
     # half w squared at lr = 5: 81 / 16 / 2.25 times the loss; a cap below all of them would say "no change"
     losses = [0.5 * (1 - 5 * f) ** 2 for f in (2, 1, 0.5)]
-    assert scored_factor([2, 1, 0.5], losses, base=0.5) < 0.75
+    assert scored_factor([2, 1, 0.5], losses) < 0.75
+
+
+def test_ties_for_the_lowest_do_not_hide_the_one_that_explodes() -> None:
+    assert clip_outliers([1e3, 1.0, 1.0, 1.0, 1.0]).tolist() == [1e3, 1.0, 1.0, 1.0, 1.0]
+    assert scored_factor(FIVE, [1e3, 1.0, 1.0, 1.0, 1.0]) < 0.8
+
+
+def test_gains_against_a_loss_that_is_not_finite_say_nothing() -> None:
+    for base in (math.nan, math.inf):
+        assert scored_factor(FIVE, [3.0, 2.0, 1.0, 1.5, 2.0], base, normalization="improvement") == pytest.approx(1.0)
 
 
 def test_temperature() -> None:
