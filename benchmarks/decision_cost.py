@@ -2,9 +2,9 @@
 
     python benchmarks/decision_cost.py [--short]
 
-Time: a decision (fork, one update, losses at no step and at N factors, restore) against its arithmetic alone, one forward and
-backward pass and N forward passes of the same network on the same batch in plain torch. They take turns in one process; medians
-over the rounds. Memory: the bytes that are held at once beside the training itself, in units of the parameters' bytes; for
+Time: a decision (fork, one update, losses at N factors, restore) against its arithmetic alone, one forward and backward pass
+and N forward passes of the same network on the same batch in plain torch. They take turns in one process; medians over the
+rounds. Memory: the bytes that are held at once beside the training itself, in units of the parameters' bytes; for
 factor search as torch's profiler sees them, for beam search as the stores of the kept states hold them.
 """
 
@@ -96,7 +96,6 @@ class Decide(Callback):
     rounds: int
     engine: list[float] = field(default_factory=list)
     plain: list[float] = field(default_factory=list)
-    plain_and_base: list[float] = field(default_factory=list)
     profiled: int = 0  # most bytes held at once during one decision
     gradients: int = 0  # and during one backward pass
 
@@ -114,7 +113,6 @@ class Decide(Callback):
         for number in range(self.rounds):
             self.engine.append(_seconds(partial(decide, 1 + number)))
             self.plain.append(_seconds(partial(_arithmetic, module, batch, count)))
-            self.plain_and_base.append(_seconds(partial(_arithmetic, module, batch, count + 1)))
         prober.close()
         module.zero_grad()
         self.profiled = most_bytes(partial(decide, 0))
@@ -200,23 +198,19 @@ def num_bytes(module: nn.Module) -> int:
 
 
 def time_table(rounds: int, subjects: dict[str, Subject]) -> str:
-    """Of each decision; also against arithmetic with the forward pass at no step, which the default options need."""
+    """Of each decision."""
     lines = [
-        "| network | factors | decision, ms | ratio to forward, backward and N forwards | 25 to 75 % | to N + 1 forwards |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| network | factors | decision, ms | ratio to forward, backward and N forwards | 25 to 75 % |",
+        "|---|--:|--:|--:|--:|",
     ]
     for name, subject in subjects.items():
         for factors in FACTORS.values():
             decide = Decide(factors, rounds)
             fit(subject, decide, OPTIMIZERS["SGD with momentum"], 2)
-            (low, middle, high), (_, more, _) = (
-                statistics.quantiles([a / b for a, b in zip(decide.engine, times, strict=True)], n=4)
-                for times in (decide.plain, decide.plain_and_base)
-            )
+            ratios = [a / b for a, b in zip(decide.engine, decide.plain, strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
             cost = 1e3 * statistics.median(decide.engine)
-            lines.append(
-                f"| {name} | {len(factors)} | {cost:.0f} | {middle:.2f} | {low:.2f} to {high:.2f} | {more:.2f} |"
-            )
+            lines.append(f"| {name} | {len(factors)} | {cost:.0f} | {middle:.2f} | {low:.2f} to {high:.2f} |")
     return "\n".join(lines)
 
 

@@ -24,10 +24,10 @@ class FactorSearchCallback(SearchCallback):
     Args:
         factors: multiples of the learning rate to try.
         every: optimizer steps between two decisions, or "epoch" as published.
-        normalize: how losses become comparable.
+        normalize: how losses become comparable ("improvement" costs one more forward pass).
         temperature: of the exponential score; smaller is nearer to "the lowest loss wins".
-        outlier_clip: a loss counts for no more than the loss before the step plus this many times the best candidate's gain,
-            so that one exploding candidate does not make the others look equal; None clips nothing, as published.
+        outlier_clip: a loss counts for no more than the median plus this many times what the best is below it, so that one
+            exploding candidate does not make the others look equal; None clips nothing, as published.
         evaluate_on: the batch of the update, the next one, or the validation batches.
         horizon: updates that make the direction.
         exact: make the updates anew for each factor, for optimizers that are not linear in their learning rate.

@@ -313,6 +313,7 @@ STRANGE = {
     "equal learning rates": [probe(0.1, [1.0, 1.0], [1.0, 1.0]) for _ in range(3)],
     "evaluations not finite": [probe(lr, [1.0, 1.0], [1.0, NAN]) for lr in (0.1, 0.2, 0.3)],
     "line probe not finite": [(LineProbe(0.1, (2.0, 1.0, 0.5)), LineResult(1.0, (INF, NAN, NAN)))],
+    "no step at all": [(LineProbe(0.1, (0.0, 2.0, 0.5)), LineResult(0.9, (1.0, 0.5, 0.7)))],
     "one factor": [(LineProbe(0.1, (2.0,)), LineResult(1.0, (0.5,)))],
     "climb that ran away at once": [
         (Probe(1.0, 10, evaluate="none", label="range test 1 of 1"), ProbeResult((1.0, NAN), (), Status.DIVERGED))

@@ -131,14 +131,18 @@ def test_children_of_a_beam_and_the_one_that_was_trained() -> None:
     )
 
 
-def test_factors_are_learning_rates() -> None:
-    trace, segments = recorded(FactorSearch(factors=(2, 1, 0.5), every=5), off_centre(), 15, lr=0.01)
+@pytest.mark.parametrize(
+    ("options", "has_base"),
+    [({}, False), ({"evaluate_on": "same"}, True), ({"normalize": "improvement"}, True)],
+)
+def test_factors_are_learning_rates(options: dict[str, Any], has_base: bool) -> None:
+    trace, segments = recorded(FactorSearch(factors=(2, 1, 0.5), every=5, **options), off_centre(), 15, lr=0.01)
     searches = searches_of(trace, segments)
     first = trace[0].request
     assert isinstance(first, LineProbe)
     assert [c.lr for c in searches[0].candidates] == [0.02, 0.01, 0.005]
     assert searches[0].best is searches[0].candidates[0]  # far below 0.25, which solves the problem, twice is better
-    assert searches[0].base == trace[0].answer.base
+    assert searches[0].base == (32.0 if has_base else None)  # half of 4 times 4 squared
     assert [s.step for s in searches] == [0, 5, 10]
 
 

@@ -36,7 +36,7 @@ def factors_figure(decisions: Sequence[Search]) -> Figure:
     """
     figure, (top, bottom) = new_figure((1, 1.15))
     probes = [search.entries[-1].request for search in decisions]
-    factors = np.array(sorted({factor for p in probes if isinstance(p, LineProbe) for factor in p.factors}))
+    factors = np.array(sorted({factor for p in probes if isinstance(p, LineProbe) for factor in p.factors if factor}))
     numbers = np.arange(1, len(decisions) + 1)
     chosen = np.array([math.nan if s.train is None else s.train.lr for s in decisions])
     ruled = np.array([p.lr for p in probes])

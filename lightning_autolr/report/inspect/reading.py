@@ -183,11 +183,14 @@ def _read_factors(search: Search) -> Search:
     request, answer = search.entries[-1].request, search.entries[-1].answer
     assert isinstance(request, LineProbe)
     assert isinstance(answer, LineResult)
+    losses = dict(zip(request.factors, answer.losses, strict=True))
     candidates = tuple(
         Candidate(request.lr * factor, loss if math.isfinite(loss) else math.inf, label=f"factor {factor:g}")
-        for factor, loss in zip(request.factors, answer.losses, strict=True)
+        for factor, loss in losses.items()
+        if factor > 0
     )
-    return replace(search, candidates=candidates, base=answer.base)
+    same = answer.base if request.evaluate_on == "same" and request.horizon == 1 else None  # else it is another batch's
+    return replace(search, candidates=candidates, base=losses.get(0.0, same))
 
 
 def _with_errors(search: Search) -> Search:
