@@ -366,13 +366,14 @@ class Prober:
     def _make_steps(self, request: LineProbe, lr: float, num_steps: int) -> float:
         """Steps from where the weights are; the training loss before the first of them, NaN without one."""
         self._seed(request.draw, 0)
-        losses = []
+        first: Tensor | None = None
         with torch.enable_grad():
             for step in range(num_steps):
                 self._progress(request, step)
                 self._lr.set(lr)
-                losses.append(self._step(request.draw, step))
-        return math.nan if losses[0] is None else mean_over_ranks(self._strategy, losses[:1])[0]
+                loss = self._step(request.draw, step)
+                first = loss if step == 0 else first
+        return math.nan if first is None else mean_over_ranks(self._strategy, [first])[0]
 
     @torch.no_grad()
     def _line_evaluation(self, request: LineProbe) -> float:
