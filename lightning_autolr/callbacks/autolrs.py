@@ -29,7 +29,8 @@ class AutoLRSCallback(SearchCallback):
     Args:
         tau: "early": longest stage of the ratchet in steps. "published": steps of the first stage.
         tau_max: steps of the longest stage of the published method.
-        num_candidates: learning rates tried in a search, at most; None is 8, and 10 as published.
+        num_candidates: learning rates tried in a search, at most, beside the short candidates that come before it with "early";
+            None is 4, and 10 as published.
         probe_fraction: "published": steps of a probe as a share of its stage.
         min_lr: lower bound of the learning rate. None: "early" goes as low as it needs, "published" makes a range test first.
         max_lr: upper bound; likewise.
@@ -86,7 +87,7 @@ class AutoLRSCallback(SearchCallback):
         search_budget: float = 0.1,
         warmup_fraction: float = 0.05,
         caution: float = 2.0,
-        anneal_fraction: float = 0.95,
+        anneal_fraction: float = 0.7,
         anneal: Schedule | None = None,
         ratchet: Ratchet | bool | None = None,
         warmup: Literal["autowu"] | None = None,
@@ -109,7 +110,7 @@ class AutoLRSCallback(SearchCallback):
                 raise ValueError(f"Expected objective 'validation' or 'holdout' for method='early', got {objective!r}.")
             self.search = AutoLRS(
                 tau=tau,
-                num_candidates=8 if num_candidates is None else num_candidates,
+                num_candidates=4 if num_candidates is None else num_candidates,
                 min_lr=min_lr,
                 max_lr=max_lr,
                 search_budget=search_budget,

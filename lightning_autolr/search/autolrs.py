@@ -15,7 +15,10 @@ from lightning_autolr.search.ratchet import LOOK
 
 __all__ = ["AutoLRS", "Plan"]
 
-_SHORTEST_PROBE = 20
+_SHORTEST_PROBE = 50  # below, candidates see little but the first plateau of the loss, and like too high a rate
+_COARSE_STEP = 10.0
+_MOST_COARSE = 8
+_COARSE_PROBE = (10, 50)  # steps, in runs that are not short
 
 
 @dataclass(frozen=True)
@@ -23,17 +26,19 @@ class Plan:
     """How the steps of a run are used.
 
     Args:
-        probe_steps: steps of one candidate.
+        coarse_steps: steps of one coarse candidate; 0: there are none.
+        probe_steps: steps of one candidate, if all coarse ones are needed; else they have more.
         max_probes: candidates, at most.
     """
 
+    coarse_steps: int
     probe_steps: int
     max_probes: int
 
     @property
     def search_steps(self) -> int:
         """Private steps, at most."""
-        return self.probe_steps * self.max_probes
+        return _MOST_COARSE * self.coarse_steps + self.probe_steps * self.max_probes
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,11 @@ class AutoLRS(AbstractSearch):
     r"""One search for the peak, then a warm-up and a slow anneal to zero.
 
     1. **Search early.** Before the first step, candidates are trained privately on the same batches with their learning rate
-       going linearly to zero, and scored by their loss on the same evaluation batches. From the configured learning rate
-       the search climbs in factors of ``step`` until the best is bracketed, then a Gaussian process refines it; it stops
-       when no candidate is expected to gain more than the evaluation's noise.
+       going linearly to zero, and scored by their loss on the same evaluation batches. Short ones find the order of
+       magnitude: from the configured learning rate on, in factors of ten. Around the best of them, few long ones climb in
+       factors of ``step`` until the best is bracketed, then a Gaussian process refines it; it stops when no candidate is
+       expected to gain more than the evaluation's noise. The shorter a candidate, the higher the learning rate that it
+       likes, so the budget goes to the long ones.
     2. **No later searches.** Short probes taken later only ever say "lower" (short-horizon bias, Wu et al. 2018, arXiv
        1803.02021). The peak is the best candidate divided by ``caution``, since a run is longer than a probe. After a warm-up
        it goes to zero over the last ``anneal_fraction`` of the run, by default along REX, which stays high for long.
@@ -56,12 +63,14 @@ class AutoLRS(AbstractSearch):
 
     Args:
         tau: steps of which a candidate gets a tenth when nobody knows the length of the run, >= 1.
-        num_candidates: candidates of the search, at most, >= 1.
+        num_candidates: long candidates, at most, >= 1.
         min_lr: lower bound; None is far below the configured learning rate.
         max_lr: upper bound; None is far above it.
         search_budget: search steps as a share of the run's, in (0, 1).
-        probe_steps: steps of one candidate; None divides the budget among the candidates.
-        step: ratio of neighbouring candidates while the best is not bracketed, > 1.
+        coarse_steps: steps of one short candidate, >= 0; None is a 200th of the run, from 10 to 50. With 0 there are none, and
+            the long ones begin at the configured learning rate.
+        probe_steps: steps of one long candidate; None divides among them what is left of the budget.
+        step: ratio of neighbouring long candidates while the best is not bracketed, > 1.
         caution: what the best candidate's learning rate is divided by, >= 1: a run is longer than a probe, and longer runs want
             lower peaks.
         warmup_fraction: share of the run that goes linearly up to the peak, in [0, 1).
@@ -76,15 +85,16 @@ class AutoLRS(AbstractSearch):
     """
 
     tau: int = 1000
-    num_candidates: int = 8
+    num_candidates: int = 4
     min_lr: float | None = None
     max_lr: float | None = None
     search_budget: float = 0.1
+    coarse_steps: int | None = None
     probe_steps: int | None = None
-    step: float = 3.0
+    step: float = 2.5
     caution: float = 2.0
     warmup_fraction: float = 0.05
-    anneal_fraction: float = 0.95
+    anneal_fraction: float = 0.7
     anneal: Schedule = field(default=Rex())
     evaluate: Literal["validation", "holdout"] = "validation"
     warmup: AutoWU | None = None
@@ -102,6 +112,8 @@ class AutoLRS(AbstractSearch):
             raise ValueError(f"Expected 0 < search_budget < 1, got {self.search_budget=}.")
         if self.probe_steps is not None and self.probe_steps < 1:
             raise ValueError(f"Expected probe_steps >= 1 or None, got {self.probe_steps=}.")
+        if self.coarse_steps is not None and self.coarse_steps < 0:
+            raise ValueError(f"Expected coarse_steps >= 0 or None, got {self.coarse_steps=}.")
         if not (0 <= self.warmup_fraction < 1 and 0 < self.anneal_fraction <= 1):
             raise ValueError(
                 f"Expected 0 <= warmup_fraction < 1 and 0 < anneal_fraction <= 1, got {self.warmup_fraction=} and "
@@ -114,14 +126,20 @@ class AutoLRS(AbstractSearch):
         """How a run of ``total_steps`` is used; None: nobody knows how long it is.
 
         >>> AutoLRS().plan(8000)
-        Plan(probe_steps=100, max_probes=8)
+        Plan(coarse_steps=40, probe_steps=120, max_probes=4)
         """
-        if total_steps is None:
-            steps = max(_SHORTEST_PROBE, self.tau // 10)
-        else:
-            share = int(self.search_budget * total_steps / self.num_candidates)
-            steps = max(1, share, min(_SHORTEST_PROBE, total_steps // 40))
-        return Plan(self.probe_steps or steps, self.num_candidates)
+        length = 10 * self.tau if total_steps is None else total_steps
+        shortest, longest = _COARSE_PROBE
+        coarse = min(longest, max(length // 200, min(shortest, length // 80)))
+        coarse = coarse if self.coarse_steps is None else self.coarse_steps
+        return Plan(coarse, self._probe_steps(length, _MOST_COARSE * coarse), self.num_candidates)
+
+    def _probe_steps(self, length: int, used: int) -> int:
+        """Steps of a long candidate when short ones took ``used``."""
+        if self.probe_steps is not None:
+            return self.probe_steps
+        share = int((self.search_budget * length - used) / self.num_candidates)
+        return max(1, share, min(_SHORTEST_PROBE, length // 40))
 
     def describe(self, run: Run) -> str:
         """The plan and its cost."""
@@ -136,9 +154,10 @@ class AutoLRS(AbstractSearch):
             "held until an end is known, then annealed",
         )
         end = unknown if run.total_steps is None else known
+        coarse = f"at most {_MOST_COARSE} candidates of {plan.coarse_steps} steps for its order of magnitude, then "
         return (
-            f"at most {plan.max_probes} candidates of {plan.probe_steps} steps from lr {run.lr:.3g} on "
-            f"({plan.search_steps} steps{share}); {end}."
+            f"the peak is looked for from lr {run.lr:.3g} on: {coarse if plan.coarse_steps else ''}at most "
+            f"{plan.max_probes} of {plan.probe_steps} (in all at most {plan.search_steps} steps{share}); {end}."
         )
 
     def requests(self, run: Run) -> Requests:
@@ -146,34 +165,55 @@ class AutoLRS(AbstractSearch):
         if self.warmup is not None:
             warm = yield from self.warmup.warmup(run)
             left = None if run.total_steps is None else run.total_steps - warm.num_steps
-            rest = replace(self, warmup=None, warmup_fraction=0.0, min_lr=warm.bounds[0], max_lr=warm.bounds[1])
+            low, high = warm.bounds
+            rest = replace(self, warmup=None, warmup_fraction=0.0, coarse_steps=0, min_lr=low, max_lr=high)
             yield from rest.requests(replace(run, total_steps=left, lr=warm.lr))
             return
         plan = self.plan(run.total_steps)
         if self.evaluate == "validation" and not run.has_validation:
             raise ValueError("Expected validation batches, got none. Use evaluate='holdout'.")
-        ladder = Ladder(*self._bounds(run), self.step)
-        lr: float | None = ladder.clip(run.lr)
-        while lr is not None and len(ladder.results) < plan.max_probes and ladder.low < ladder.high:
-            result: ProbeResult = yield Probe(
-                lr=lr,
-                num_steps=plan.probe_steps,
-                draw=LOOK + 1,
-                shape=Linear(),
-                evaluate=self.evaluate,
-                stop_above=ladder.limit,
-                label=f"candidate {len(ladder.results) + 1} of at most {plan.max_probes}, lr {lr:.2g}",
-            )
-            ladder.add(lr, result)
-            lr = ladder.climb() or ladder.refine()
-        best, reason = ladder.choose(run.lr)
+        start, coarse_steps, limit = run.lr, 0, None
+        if plan.coarse_steps:
+            coarse = self._ladder(run.lr, _COARSE_STEP, _MOST_COARSE, limit)
+            yield from self._try(coarse, run.lr, plan.coarse_steps, _MOST_COARSE, "coarse candidate")
+            if coarse.results:
+                start, coarse_steps, limit = coarse.best, coarse.num_steps, coarse.limit
+        ladder = self._ladder(start, self.step, self.num_candidates, limit)
+        length = 10 * self.tau if run.total_steps is None else run.total_steps
+        probe_steps = self._probe_steps(length, coarse_steps)
+        yield from self._try(ladder, start, probe_steps, self.num_candidates, "candidate")
+        best, reason = ladder.choose(start)
         peak = max(best / self.caution, self.min_lr or 0.0)
         reason += f" {best:.3g}, divided by {self.caution:g} since a run is longer than a probe."
         if run.total_steps is None:
             yield from self._open_ended(peak, reason, ladder.limit)
         else:
-            left = max(1, run.total_steps - ladder.num_steps) if run.count_search else run.total_steps
+            searched = coarse_steps + ladder.num_steps if run.count_search else 0
+            left = max(1, run.total_steps - searched)
             yield Train(lr=peak, num_steps=left, shape=self._shape(left), stop_above=ladder.limit, reason=reason)
+
+    def _ladder(self, start: float, step: float, most: int, limit: float | None) -> Ladder:
+        """Between the bounds; where there are none, as far as ``most`` candidates can go."""
+        reach = step**most
+        low = self.min_lr if self.min_lr is not None else min(start, self.max_lr or math.inf) / reach
+        high = self.max_lr if self.max_lr is not None else max(start, low) * reach
+        return Ladder(low, high, step, limit)
+
+    def _try(self, ladder: Ladder, start: float, num_steps: int, most: int, name: str) -> Requests:
+        """Candidates until the best is bracketed; the long ones, of finer steps, until a refinement gains nothing."""
+        lr: float | None = ladder.clip(start)
+        while lr is not None and len(ladder.results) < most and ladder.low < ladder.high:
+            result: ProbeResult = yield Probe(
+                lr=lr,
+                num_steps=num_steps,
+                draw=LOOK + 1,
+                shape=Linear(),
+                evaluate=self.evaluate,
+                stop_above=ladder.limit,
+                label=f"{name} {len(ladder.results) + 1} of at most {most}, lr {lr:.2g}",
+            )
+            ladder.add(lr, result)
+            lr = ladder.climb() or (ladder.refine() if ladder.step < _COARSE_STEP else None)
 
     def _open_ended(self, peak: float, reason: str, limit: float | None) -> Requests:
         """Hold until somebody knows where the end is, then anneal over what is left."""
@@ -189,12 +229,6 @@ class AutoLRS(AbstractSearch):
             answer = yield Train(lr=peak, num_steps=steps, shape=shape, stop_above=limit, reason=reason)
             done += steps
             left = left - steps if answer.steps_left is None else answer.steps_left
-
-    def _bounds(self, run: Run) -> tuple[float, float]:
-        reach = self.step**self.num_candidates
-        low = self.min_lr if self.min_lr is not None else min(run.lr, self.max_lr or math.inf) / reach
-        high = self.max_lr if self.max_lr is not None else max(run.lr, low) * reach
-        return low, high
 
     def _shape(self, total: int) -> Schedule:
         return WarmupStableDecay(

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from lightning_autolr.core.range_rules import RULES, RangeCurve, RangeSuggestion, Rule, suggest
-from lightning_autolr.core.requests import LineProbe, LineResult, Probe, ProbeResult, Status, Train
+from lightning_autolr.core.requests import LineProbe, LineResult, Probe, ProbeResult, Request, Status, Train
 from lightning_autolr.report.inspect.searches import Candidate, Kind, Piece, Search
 from lightning_autolr.report.trace import Entry
 from lightning_autolr.schedules import Segment
@@ -56,7 +56,7 @@ def searches_of(
     for entry in trace:
         if not isinstance(entry.request, Train):
             kind = _kind(entry.request)
-            if not pending or pending[-1][0] != kind:
+            if not pending or pending[-1][0] != kind or not _is_comparable(entry.request, pending[-1][1][-1].request):
                 pending.append((kind, []))
             pending[-1][1].append(entry)
             continue
@@ -92,6 +92,13 @@ def _kind(request: Probe | LineProbe) -> Kind:
     return "candidates" if request.num_steps else "look"
 
 
+def _is_comparable(request: Request, before: Request) -> bool:
+    """Whether their scores can be told against each other: candidates of one length, or parts of them."""
+    if not isinstance(request, Probe) or not isinstance(before, Probe) or _kind(request) != "candidates":
+        return True
+    return request.offset > 0 or before.offset > 0 or request.num_steps == before.num_steps
+
+
 def _probes(entries: Iterable[Entry]) -> Parts:
     return [
         (e.request, e.answer) for e in entries if isinstance(e.request, Probe) and isinstance(e.answer, ProbeResult)
@@ -124,7 +131,9 @@ def _read(
     before = sum(search.kind != "look" for search in found)
     for index, (kind, entries) in enumerate(pending):
         number = before + sum(earlier != "look" for earlier, _ in pending[:index])
-        search = Search(number, kind, entries[0].request.stage, step, tuple(entries), (), train, base)
+        decides = kind != "candidates" or all(later != "candidates" for later, _ in pending[index + 1 :])
+        came_of_it = train if decides else None
+        search = Search(number, kind, entries[0].request.stage, step, tuple(entries), (), came_of_it, base)
         if kind == "look":
             yield search
         elif kind == "factors":
