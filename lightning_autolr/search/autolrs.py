@@ -47,10 +47,10 @@ class AutoLRS(AbstractSearch):
 
     1. **Search early.** Before the first step, candidates are trained privately on the same batches with their learning rate
        going linearly to zero, and scored by their loss on the same evaluation batches. Short ones find the order of
-       magnitude: from the configured learning rate on, in factors of ten. Around the best of them, few long ones climb in
-       factors of ``step`` until the best is bracketed, then a Gaussian process refines it; it stops when no candidate is
-       expected to gain more than the evaluation's noise. The shorter a candidate, the higher the learning rate that it
-       likes, so the budget goes to the long ones.
+       magnitude: from the configured learning rate on, in factors of ten. From a little below the best of them, few long
+       ones climb in factors of ``step`` until the best is bracketed, then a Gaussian process refines it; it stops when no
+       candidate is expected to gain more than the evaluation's noise. The shorter a candidate, the higher the learning rate
+       that it likes, so the budget goes to the long ones.
     2. **No later searches.** Short probes taken later only ever say "lower" (short-horizon bias, Wu et al. 2018, arXiv
        1803.02021). The peak is the best candidate divided by ``caution``, since a run is longer than a probe. After a warm-up
        it goes to zero over the last ``anneal_fraction`` of the run, by default along REX, which stays high for long.
@@ -177,8 +177,9 @@ class AutoLRS(AbstractSearch):
             coarse = self._ladder(run.lr, _COARSE_STEP, _MOST_COARSE, limit)
             yield from self._try(coarse, run.lr, plan.coarse_steps, _MOST_COARSE, "coarse candidate")
             if coarse.results:
-                start, coarse_steps, limit = coarse.best, coarse.num_steps, coarse.limit
-        ladder = self._ladder(start, self.step, self.num_candidates, limit)
+                # longer candidates like lower rates: begin below
+                start, coarse_steps, limit = coarse.best / self.step, coarse.num_steps, coarse.limit
+        ladder = self._ladder(start, self.step, self.num_candidates, limit, widen_after=3)
         length = 10 * self.tau if run.total_steps is None else run.total_steps
         probe_steps = self._probe_steps(length, coarse_steps)
         yield from self._try(ladder, start, probe_steps, self.num_candidates, "candidate")
@@ -192,12 +193,14 @@ class AutoLRS(AbstractSearch):
             left = max(1, run.total_steps - searched)
             yield Train(lr=peak, num_steps=left, shape=self._shape(left), stop_above=ladder.limit, reason=reason)
 
-    def _ladder(self, start: float, step: float, most: int, limit: float | None) -> Ladder:
+    def _ladder(
+        self, start: float, step: float, most: int, limit: float | None, widen_after: int | None = None
+    ) -> Ladder:
         """Between the bounds; where there are none, as far as ``most`` candidates can go."""
-        reach = step**most
+        reach = step ** (2 * most)
         low = self.min_lr if self.min_lr is not None else min(start, self.max_lr or math.inf) / reach
         high = self.max_lr if self.max_lr is not None else max(start, low) * reach
-        return Ladder(low, high, step, limit)
+        return Ladder(low, high, step, limit, widen_after)
 
     def _try(self, ladder: Ladder, start: float, num_steps: int, most: int, name: str) -> Requests:
         """Candidates until the best is bracketed; the long ones, of finer steps, until a refinement gains nothing."""

@@ -24,6 +24,8 @@ class Ladder:
         high: upper bound.
         step: ratio of neighbours while the best one is not bracketed, > 1.
         limit: a training loss above it is a divergence; None is found from the first candidate.
+        widen_after: so many candidates that have not bracketed the best make the next ratio ``step`` squared: where they begin far
+            off, few of them shall be enough.
         results: what was tried.
     """
 
@@ -31,6 +33,7 @@ class Ladder:
     high: float
     step: float
     limit: float | None = None
+    widen_after: int | None = None
     results: dict[float, ProbeResult] = field(default_factory=dict)
 
     def clip(self, lr: float) -> float:
@@ -53,8 +56,9 @@ class Ladder:
     def climb(self) -> float | None:
         """The next neighbour, or None when the best candidate is bracketed (or stands at a bound)."""
         lrs, best = sorted(self.results), self.best
-        up = self.clip(best * self.step) if best == lrs[-1] and math.isfinite(self.results[best].loss) else best
-        down = self.clip(best / self.step) if best == lrs[0] else best
+        step = self.step if self.widen_after is None or len(lrs) < self.widen_after else self.step**2
+        up = self.clip(best * step) if best == lrs[-1] and math.isfinite(self.results[best].loss) else best
+        down = self.clip(best / step) if best == lrs[0] else best
         return next((lr for lr in (up, down) if lr != best), None)
 
     def refine(self) -> float | None:
