@@ -24,8 +24,8 @@ class Ladder:
         high: upper bound.
         step: ratio of neighbours while the best one is not bracketed, > 1.
         limit: a training loss above it is a divergence; None is found from the first candidate.
-        widen_after: so many candidates that have not bracketed the best make the next ratio ``step`` squared: where they begin far
-            off, few of them shall be enough.
+        widen_after: so many candidates that have not bracketed the best make the next ratio ``step`` squared: few of them shall
+            be enough where they begin far off.
         results: what was tried.
     """
 
