@@ -2,7 +2,7 @@
 
 The run of the picture in README::
 
-    lightning-autolr fit --config configs/digits/autolrs.yaml --trainer.max_steps 500 --trainer.val_check_interval 50
+    lightning-autolr fit --config configs/digits/autolrs.yaml --trainer.max_steps 2000 --trainer.val_check_interval 50
     python docs/picture.py runs/digits/autolrs/version_0
 """
 
@@ -24,19 +24,25 @@ BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", 
 def picture(run_dir: str) -> Figure:
     """The candidates of the first search on the left; learning rate and loss of the run on the right."""
     run = inspect_run(run_dir)
-    search = next(s for s in run.searches if s.kind == "candidates")
+    searches = [s for s in run.searches if s.kind == "candidates"]
+    number, search = next((i, s) for i, s in enumerate(searches) if s.train is not None)
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
     axes = figure.subplot_mosaic("AB;AC", width_ratios=(1, 1.7))
     left, top, bottom = axes["A"], axes["B"], axes["C"]
 
     tried = [c for c in search.candidates if math.isfinite(c.score)]
-    left.plot([c.lr for c in tried], [c.score for c in tried], "o", color="black")
+    left.plot([c.lr for c in tried], [c.score for c in tried], "o", color="black", label="long candidates")
+    coarse = [c for s in searches[:number] for c in s.candidates if math.isfinite(c.score)]
+    lowest = min((c.score for c in coarse), default=0.0)
+    coarse = [c for c in coarse if c.score < 2 * lowest]  # one that ran away would flatten the others
+    left.plot([c.lr for c in coarse], [c.score for c in coarse], "o", mfc="none", color=GREY, label="short candidates")
+    left.legend(loc="lower left", fontsize="small")
     assert search.train is not None
     left.axvline(search.train.lr, color=GREEN, linestyle="--")
-    left.annotate("peak of\nthe run", (search.train.lr, 0.97), (-4, 0), ("data", "axes fraction"), "offset points",
+    left.annotate("peak of\nthe run", (search.train.lr, 0.8), (-4, 0), ("data", "axes fraction"), "offset points",
                   color=GREEN, ha="right", va="top")  # fmt: skip
     left.set(xscale="log", xlabel="learning rate", ylabel="validation loss after a private probe",
-             title=f"1. search: {search.steps} private steps")  # fmt: skip
+             title=f"1. search: {sum(s.steps for s in searches)} private steps")  # fmt: skip
 
     for piece in run.pieces:
         undone = piece.segment.undone

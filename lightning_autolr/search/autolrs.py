@@ -172,16 +172,17 @@ class AutoLRS(AbstractSearch):
         plan = self.plan(run.total_steps)
         if self.evaluate == "validation" and not run.has_validation:
             raise ValueError("Expected validation batches, got none. Use evaluate='holdout'.")
-        start, coarse_steps, limit = run.lr, 0, None
+        start, coarse_steps, num_coarse, limit = run.lr, 0, 0, None
         if plan.coarse_steps:
             coarse = self._ladder(run.lr, _COARSE_STEP, _MOST_COARSE, limit)
             yield from self._try(coarse, run.lr, plan.coarse_steps, _MOST_COARSE, "coarse candidate")
             if coarse.results:
                 # longer candidates like lower rates: begin below
-                start, coarse_steps, limit = coarse.best / self.step, coarse.num_steps, coarse.limit
+                start, limit = coarse.best / self.step, coarse.limit
+                coarse_steps, num_coarse = coarse.num_steps, len(coarse.results)
         ladder = self._ladder(start, self.step, self.num_candidates, limit, widen_after=3)
         length = 10 * self.tau if run.total_steps is None else run.total_steps
-        probe_steps = self._probe_steps(length, coarse_steps)
+        probe_steps = self._probe_steps(length, num_coarse * plan.coarse_steps)
         yield from self._try(ladder, start, probe_steps, self.num_candidates, "candidate")
         best, reason = ladder.choose(start)
         peak = max(best / self.caution, self.min_lr or 0.0)
