@@ -582,6 +582,28 @@ def row(task: Task, name: str, found: dict[str, Any], reference: dict[str, Any] 
     )
 
 
+def summary(tasks: Sequence[Task], results: dict[str, Any]) -> str:
+    """One line per task: the oracle, the recipes without tuning, and AutoLRS."""
+    recipes = ("range test, cosine", "range test, warm-up cosine", "AutoLRS, no ratchet", "AutoLRS")
+    lines = [f"| task | rows | oracle, best of six | {' | '.join(recipes)} | AutoLRS - oracle | search |"]
+    lines += ["|---|--:|---|--:|--:|--:|--:|--:|--:|"]
+    for task in tasks:
+        keys = {m: f"{task.name}, {task.total} steps, {m}" for m in (*SCHEDULES, *recipes)}
+        if not results.keys() >= set(keys.values()):
+            continue
+        found = {m: results[key] for m, key in keys.items()}
+        mean = {m: float(np.mean(np.minimum(r["test"], 10.0))) for m, r in found.items()}
+        best = min(SCHEDULES, key=lambda m: mean[m])
+        ours, theirs = (np.minimum(found[m]["test"], 10.0) for m in ("AutoLRS", best))
+        error = (ours - theirs).std(ddof=1) / math.sqrt(task.rows)
+        lines.append(
+            f"| {task.name} | {task.rows} | {mean[best]:.4f} ({best}, {found[best]['peak']:.3g}) | "
+            f"{' | '.join(f'{mean[m]:.4f}' for m in recipes)} | {mean['AutoLRS'] - mean[best]:+.4f} ± {error:.4f} | "
+            f"{found['AutoLRS']['search']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
@@ -606,6 +628,8 @@ def main() -> None:
             known = [r for r in fixed_ones if r is not None]
             reference = min(known, key=lambda r: float(np.mean(np.minimum(r["test"], 10.0)))) if known else None
             print(row(task, method, results[key], reference), flush=True)
+    tasks = [TASKS[n] if arguments.total is None else replace(TASKS[n], total=arguments.total) for n in arguments.tasks]
+    print("\n" + summary(tasks, results))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class AutoLRS(AbstractSearch):
     r"""One search for the peak, then a warm-up and a slow anneal to zero.
 
     1. **Search early.** Before the first step, candidates are trained privately on the same batches with their learning rate
-       going linearly to zero, and scored by their loss on the same evaluation batches. Short ones find the order of
+       going linearly to zero, and scored by their loss on the same evaluation batches. Short, coarse ones find the order of
        magnitude: from the configured learning rate on, in factors of ten. From a little below the best of them, few long
        ones climb in factors of ``step`` until the best is bracketed, then a Gaussian process refines it; it stops when no
        candidate is expected to gain more than the evaluation's noise. The shorter a candidate, the higher the learning rate
@@ -62,15 +62,15 @@ class AutoLRS(AbstractSearch):
     trains, for the lowest loss forecast to the stage's end; see :class:`~lightning_autolr.search.published.PublishedAutoLRS`.
 
     Args:
-        tau: steps of which a candidate gets a tenth when nobody knows the length of the run, >= 1.
-        num_candidates: long candidates, at most, >= 1.
+        tau: a run of unknown length is searched as if it had ten times as many steps, >= 1.
+        num_candidates: candidates after the coarse ones, at most, >= 1.
         min_lr: lower bound; None is far below the configured learning rate.
         max_lr: upper bound; None is far above it.
         search_budget: search steps as a share of the run's, in (0, 1).
-        coarse_steps: steps of one short candidate, >= 0; None is a 200th of the run, from 10 to 50. With 0 there are none, and
-            the long ones begin at the configured learning rate.
-        probe_steps: steps of one long candidate; None divides among them what is left of the budget.
-        step: ratio of neighbouring long candidates while the best is not bracketed, > 1.
+        coarse_steps: steps of one coarse candidate, >= 0; None is a 200th of the run, from 10 to 50. With 0 there are none, and
+            the others begin at the configured learning rate.
+        probe_steps: steps of one of the others; None divides among them what is left of the budget.
+        step: ratio of their neighbours while the best is not bracketed, > 1.
         caution: what the best candidate's learning rate is divided by, >= 1: a run is longer than a probe, and longer runs want
             lower peaks.
         warmup_fraction: share of the run that goes linearly up to the peak, in [0, 1).

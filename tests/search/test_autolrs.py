@@ -15,6 +15,7 @@ from lightning_autolr.schedules import Cosine, WarmupStableDecay
 from lightning_autolr.search.autolrs import AutoLRS
 from lightning_autolr.search.autowu import AutoWU
 from lightning_autolr.search.base import replay
+from lightning_autolr.search.ladder import Ladder
 from lightning_autolr.search.ratchet import Guarded, Ratchet
 from tests.toy import ToyRun, run_toy
 from tests.zoo import Quadratic, noisy_quadratic, off_centre
@@ -59,6 +60,26 @@ def test_all_candidates_share_batches_and_length() -> None:
         assert len({(q.draw, q.offset, q.num_steps, q.shape, q.start) for q in same}) == 1
         assert len({q.lr for q in same}) == len(same) > 2
     assert {q.draw for q in coarse} == {q.draw for q in fine}
+
+
+def test_few_candidates_are_enough_from_far_off() -> None:
+    """A ladder that has only risen takes its next step twice as far (in decades)."""
+    ladder = Ladder(1e-9, 1e9, 2.0, widen_after=3)
+    for number, lr in enumerate((1.0, 2.0, 4.0, 16.0)):
+        ladder.add(lr, ProbeResult((1.0,), (Evaluation(1, (9.0 - number, 9.1 - number)),)))
+    assert ladder.climb() == 64.0
+    ladder = Ladder(1e-9, 1e9, 2.0)
+    for number, lr in enumerate((1.0, 2.0, 4.0)):
+        ladder.add(lr, ProbeResult((1.0,), (Evaluation(1, (9.0 - number, 9.1 - number)),)))
+    assert ladder.climb() == 8.0
+
+
+@pytest.mark.parametrize("lr", [1e-6, 0.1, 100.0])
+@pytest.mark.parametrize("total", [5000, 20_000])
+def test_the_search_keeps_to_its_budget(lr: float, total: int) -> None:
+    run = run_toy(AutoLRS(), noisy_quadratic(), total_steps=total, lr=lr)
+    assert run.search_steps <= 0.1 * total
+    assert sum(q.num_steps for q, _ in probes(run)) <= 0.1 * total
 
 
 @given(total=st.integers(1, 30_000), candidates=st.integers(1, 12))
