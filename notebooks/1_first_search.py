@@ -61,7 +61,7 @@ for entry in callback.trace:
 # %%
 figures = figures_of(callback.trace, callback.schedule)
 print(list(figures))
-figures[next(name for name in figures if "candidates" in name)]
+figures[[name for name in figures if "candidates" in name][-1]]
 
 # %% [markdown]
 # And what came of it: a short warm-up, a hold, an anneal to zero. Segments that were undone, because the validation loss did not
