@@ -609,7 +609,12 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="*", default=[*SCHEDULES, *RULES], choices=[*SCHEDULES, *RULES])
     parser.add_argument("--total", type=int, help="optimizer steps, search included, instead of the task's own number")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/tiny.json"), help="done work is read from here and added")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("benchmarks/results/tiny.json"),
+        help="done work is read from here and added",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, Any] = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}

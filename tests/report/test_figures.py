@@ -44,6 +44,7 @@ from lightning_autolr.report.figures.style import BLUE, GREEN, PURPLE, RED
 from lightning_autolr.report.inspect import Candidate, Search, pieces_of, range_suggestion, searches_of
 from lightning_autolr.report.trace import Entry
 from lightning_autolr.schedules import Linear, Segment
+from lightning_autolr.search.autolrs import AutoLRS
 from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.beam import BeamSearch
 from lightning_autolr.search.factors import FactorSearch
@@ -103,6 +104,15 @@ def candidates(trace: Sequence[Entry] = TRACE) -> Search:
 )
 def test_what_fits_a_trace(search: Any, names: set[str]) -> None:
     assert set(drawings_of(*recorded(search, off_centre(), 40))) == names
+
+
+def test_a_coarse_search_has_its_own_names() -> None:
+    trace, segments = recorded(AutoLRS(), off_centre(), 400, lr=0.01)
+    names = set(drawings_of(trace, segments))
+    assert names == {"schedule", "coarse_candidates_000", "coarse_probes_000", "candidates_001", "probes_001"}
+    coarse, fine = searches_of(trace, segments)
+    assert (coarse.train, fine.train) == (None, trace[-1].request)
+    assert {c.steps for c in coarse.candidates} != {c.steps for c in fine.candidates}
 
 
 def test_each_search_among_candidates_has_two() -> None:

@@ -47,7 +47,8 @@ Drawing = Callable[[], "Figure"]
 def figures_of(trace: Sequence[Entry], segments: Sequence[Segment]) -> dict[str, Figure]:
     """All figures that fit a trace, by name.
 
-    ``schedule`` for every run that trained; ``candidates_000`` and ``probes_000`` for each search among candidates;
+    ``schedule`` for every run that trained; ``candidates_000`` and ``probes_000`` for each search among candidates
+    (``coarse_candidates_000`` and ``coarse_probes_000`` for a coarse one);
     ``range_test_000`` for each range test; ``beam``, ``factors`` and ``autowu`` where there was such a search.
 
     Args:
@@ -81,14 +82,18 @@ def drawings_of(trace: Sequence[Entry], segments: Sequence[Segment]) -> dict[str
 
 
 def drawings_of_search(search: Search) -> dict[str, Drawing]:
-    """The figures of one search alone, not drawn yet: ``candidates`` and ``probes``, or ``range_test``, or nothing."""
+    """The figures of one search alone, not drawn yet: ``candidates`` and ``probes``, or ``range_test``, or nothing.
+
+    Where a coarse search goes before another one at the same step, its names begin with ``coarse_``.
+    """
     if search.kind == "range test":
         return {"range_test": lambda: range_test_figure(range_suggestion(search))}
     if search.kind != "candidates" or len(search.candidates) < 2:
         return {}
+    prefix = "coarse_" if search.candidates[0].label.startswith("coarse") else ""
     return {
-        "candidates": functools.partial(candidates_figure, search),
-        "probes": functools.partial(probes_figure, search),
+        f"{prefix}candidates": functools.partial(candidates_figure, search),
+        f"{prefix}probes": functools.partial(probes_figure, search),
     }
 
 
