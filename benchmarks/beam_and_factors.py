@@ -138,7 +138,10 @@ def _difference(arm: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]]
 def fashion_table(path: Path) -> str:
     """Test accuracy and loss of the arms in FASHION, fixed schedules at their best learning rate of five."""
     rows = [r for line in path.read_text().splitlines() if (r := json.loads(line))["task"] == "fashion"]
-    lines = ["| method | learning rate | test accuracy, % | test loss | seeds |", "|---|---|--:|--:|--:|"]
+    lines = [
+        "| method | learning rate | test accuracy, % | test loss | validation loss | steps in search | time in search | seeds |"
+    ]
+    lines += ["|---|---|--:|--:|--:|--:|--:|--:|"]
     for method in FASHION:
         of = [r for r in rows if r["method"] == method]
         tried = [r for r in of if r["lr"] is not None and r["seed"] == 0]
@@ -147,12 +150,12 @@ def fashion_table(path: Path) -> str:
             arm = [r for r in of if r["lr"] == lr]
             if arm:
                 name = "found, from 0.001" if not tried else "0.001, default" if lr is None else f"{lr:g}, tuned"
-                accuracy, loss = (np.array([r[key] for r in arm]) for key in ("test_acc", "test_loss"))
-                cells = [
-                    f"{x.mean():.{digits}f} ± {stats.sem(x):.{digits}f}"
-                    for x, digits in ((100 * accuracy, 2), (loss, 4))
-                ]
-                lines.append(f"| {method} | {name} | {' | '.join(cells)} | {len(arm)} |")
+                keys = (("test_acc", 100, 2), ("test_loss", 1, 4), ("val_loss", 1, 4))
+                columns = [(np.array([unit * r[key] for r in arm]), digits) for key, unit, digits in keys]
+                cells = [f"{x.mean():.{digits}f} ± {stats.sem(x):.{digits}f}" for x, digits in columns]
+                steps = np.mean([r["search_steps"] / r["total_steps"] for r in arm])
+                seconds = np.mean([r["search_seconds"] / r["seconds"] if r["search_seconds"] else 0.0 for r in arm])
+                lines.append(f"| {method} | {name} | {' | '.join(cells)} | {steps:.0%} | {seconds:.0%} | {len(arm)} |")
     return "\n".join(lines)
 
 

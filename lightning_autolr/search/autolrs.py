@@ -19,6 +19,7 @@ _SHORTEST_PROBE = 50  # below, candidates see little but the first plateau of th
 _COARSE_STEP = 10.0
 _MOST_COARSE = 8
 _COARSE_PROBE = (10, 50)  # steps, in runs that are not short
+_SHORT_RUN = 400  # steps: below, coarse candidates would be too short to tell orders of magnitude from noise
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,9 @@ class AutoLRS(AbstractSearch):
         min_lr: lower bound; None is far below the configured learning rate.
         max_lr: upper bound; None is far above it.
         search_budget: search steps as a share of the run's, in (0, 1).
-        coarse_steps: steps of one coarse candidate, >= 0; None is a 200th of the run, from 10 to 50. With 0 there are none, and
-            the others begin at the configured learning rate.
+        coarse_steps: steps of one coarse candidate, >= 0; None is a 200th of the run, from 10 to 50, fewer in runs of less than
+            800 steps, and 0 in runs of less than 400. With 0 there are none, and the others begin at the configured learning
+            rate.
         probe_steps: steps of one of the others; None divides among them what is left of the budget.
         step: ratio of their neighbours while the best is not bracketed, > 1.
         caution: what the best candidate's learning rate is divided by, >= 1: a run is longer than a probe, and longer runs want
@@ -131,7 +133,10 @@ class AutoLRS(AbstractSearch):
         length = 10 * self.tau if total_steps is None else total_steps
         shortest, longest = _COARSE_PROBE
         coarse = min(longest, max(length // 200, min(shortest, length // 80)))
-        coarse = coarse if self.coarse_steps is None else self.coarse_steps
+        if self.coarse_steps is not None:
+            coarse = self.coarse_steps
+        elif length < _SHORT_RUN:
+            coarse = 0
         return Plan(coarse, self._probe_steps(length, _MOST_COARSE * coarse), self.num_candidates)
 
     def _probe_steps(self, length: int, used: int) -> int:

@@ -74,6 +74,15 @@ def test_few_candidates_are_enough_from_far_off() -> None:
     assert ladder.climb() == 8.0
 
 
+def test_short_runs_stay_near_the_configured_rate() -> None:
+    """Coarse candidates of two or three steps would choose among orders of magnitude by noise."""
+    assert AutoLRS().plan(399).coarse_steps == 0
+    assert AutoLRS().plan(400).coarse_steps == 5
+    assert AutoLRS(coarse_steps=7).plan(200).coarse_steps == 7
+    run = run_toy(AutoLRS(), noisy_quadratic(), total_steps=200, lr=0.1)
+    assert all(0.1 / 2.5**5 < q.lr < 0.1 * 2.5**5 for q, _ in probes(run))
+
+
 @pytest.mark.parametrize("lr", [1e-6, 0.1, 100.0])
 @pytest.mark.parametrize("total", [5000, 20_000])
 def test_the_search_keeps_to_its_budget(lr: float, total: int) -> None:
