@@ -197,7 +197,7 @@ class FactorSearch(AbstractSearch):
         return scored_factor(
             self.factors,
             losses,
-            answer.losses[0],
+            answer.losses[0] if self.normalize == "improvement" else None,
             normalization=self.normalize,
             temperature=self.temperature,
             outlier_clip=self.outlier_clip,
