@@ -70,7 +70,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of runs with one search of AutoLRS in it."""
     folder = tmp_path_factory.mktemp("runs")
     path = list(sys.path)
-    options = ["--trainer.max_steps=200", "--trainer.val_check_interval=50", f"--trainer.logger.save_dir={folder}"]
+    options = ["--trainer.max_steps=400", "--trainer.val_check_interval=50", f"--trainer.logger.save_dir={folder}"]
     try:
         assert cli.main(["fit", "--config", str(CONFIGS / "autolrs.yaml"), *QUIET, *options]) == 0
     finally:
