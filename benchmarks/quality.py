@@ -255,14 +255,15 @@ class Curve(Callback):
 Job = tuple[str, str, float | None, int]  # task, method, learning rate (None: the default), seed
 
 
-def jobs(name: str, methods: list[str], seeds: int, rows: list[dict[str, Any]]) -> Iterator[Job]:
+def jobs(name: str, methods: list[str], seeds: int, rows: list[dict[str, Any]], untuned: bool) -> Iterator[Job]:
     """All runs of a task, seed by seed. ``rows`` grows meanwhile: what was tuned on the first seed is read from it."""
     task = TASKS[name]
     for seed in range(seeds):
         for method in [*searches(task), *optimizers(task), *SCHEDULES]:
             if methods and method not in methods:
                 continue
-            yield name, method, None, seed
+            if untuned or method not in SCHEDULES:
+                yield name, method, None, seed
             if method in SCHEDULES:
                 for lr in task.grid if seed == 0 else (tuned(name, method, rows),):
                     yield name, method, lr, seed
@@ -341,6 +342,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=None, help="optimizer steps instead of each task's own")
+    parser.add_argument("--tuned", action="store_true", help="no schedules at their default learning rate")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.jsonl"))
     parser.add_argument("--short", action="store_true", help="one task, a few steps")
     parser.add_argument("--table", action="store_true", help="print the table of what was run, and run nothing")
@@ -354,7 +356,7 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
     done = {(r["task"], r["method"], r["lr"], r["seed"]) for r in rows}
-    wanted = (jobs(name, arguments.methods, arguments.seeds, rows) for name in arguments.tasks)
+    wanted = (jobs(name, arguments.methods, arguments.seeds, rows, not arguments.tuned) for name in arguments.tasks)
     for job in () if arguments.table else itertools.chain.from_iterable(wanted):
         if job in done:
             continue

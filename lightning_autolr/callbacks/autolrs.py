@@ -22,7 +22,7 @@ class AutoLRSCallback(SearchCallback):
     """Finds the peak learning rate, anneals it slowly to zero, and takes back what did harm.
 
     ``method="early"``, the default, is :class:`~lightning_autolr.search.autolrs.AutoLRS`: one search before the first step
-    (about a tenth of the training steps), then a warm-up, a slow anneal, and undo of stages that did harm.
+    (about a twentieth of the training steps), then a warm-up, a slow anneal, and undo of stages that did harm.
     ``method="published"`` is the paper's, :class:`~lightning_autolr.search.published.PublishedAutoLRS`: a search before every
     stage, at as many steps as are trained.
 
@@ -46,7 +46,7 @@ class AutoLRSCallback(SearchCallback):
         on_scheduler: what to do with learning-rate schedulers of the module: "override", "multiply" or "error".
         seed: seed of everything random in the search.
         method: "early" or "published".
-        search_budget: "early": search steps as a share of the run's.
+        search_budget: "early": search steps as a share of the run's; short runs take more.
         caution: "early": what the best candidate's learning rate is divided by: a run is longer than a probe.
         warmup_fraction: "early": share of the run that goes linearly up to the peak.
         anneal_fraction: "early": share of the run at its end that goes to zero.
@@ -84,7 +84,7 @@ class AutoLRSCallback(SearchCallback):
         on_scheduler: Literal["override", "multiply", "error"] = "override",
         seed: int = 0,
         method: Literal["early", "published"] = "early",
-        search_budget: float = 0.1,
+        search_budget: float = 0.05,
         warmup_fraction: float = 0.05,
         caution: float = 2.0,
         anneal_fraction: float = 0.7,

@@ -10,13 +10,14 @@ from lightning_autolr.core.requests import Probe, ProbeResult, Requests, Run, Tr
 from lightning_autolr.schedules import Linear, Rex, Schedule, Shifted, WarmupStableDecay
 from lightning_autolr.search.autowu import AutoWU
 from lightning_autolr.search.base import AbstractSearch
-from lightning_autolr.search.ladder import Ladder
+from lightning_autolr.search.ladder import Ladder, Peak
 from lightning_autolr.search.ratchet import LOOK
 
 __all__ = ["AutoLRS", "Plan"]
 
 _SHORTEST_PROBE = 50  # below, candidates see little but the first plateau of the loss, and like too high a rate
 _COARSE_STEP = 10.0
+_DRAW = LOOK + 1  # of all candidates
 _MOST_COARSE = 8
 _COARSE_PROBE = (10, 50)  # steps, in runs that are not short
 _SHORT_RUN = 400  # steps: below, coarse candidates would be too short to tell orders of magnitude from noise
@@ -67,8 +68,9 @@ class AutoLRS(AbstractSearch):
         num_candidates: candidates after the coarse ones, at most, >= 1.
         min_lr: lower bound; None is far below the configured learning rate.
         max_lr: upper bound; None is far above it.
-        search_budget: search steps as a share of the run's, in (0, 1).
-        coarse_steps: steps of one coarse candidate, >= 0; None is a 200th of the run, from 10 to 50, fewer in runs of less than
+        search_budget: search steps as a share of the run's, in (0, 1). Short runs take more, since candidates shorter than
+            50 steps are misleading.
+        coarse_steps: steps of one coarse candidate, >= 0; None is a 500th of the run, from 10 to 50, fewer in runs of less than
             800 steps, and 0 in runs of less than 400. With 0 there are none, and the others begin at the configured learning
             rate.
         probe_steps: steps of one of the others; None divides among them what is left of the budget.
@@ -90,7 +92,7 @@ class AutoLRS(AbstractSearch):
     num_candidates: int = 4
     min_lr: float | None = None
     max_lr: float | None = None
-    search_budget: float = 0.1
+    search_budget: float = 0.05
     coarse_steps: int | None = None
     probe_steps: int | None = None
     step: float = 2.5
@@ -128,16 +130,19 @@ class AutoLRS(AbstractSearch):
         """How a run of ``total_steps`` is used; None: nobody knows how long it is.
 
         >>> AutoLRS().plan(8000)
-        Plan(coarse_steps=40, probe_steps=120, max_probes=4)
+        Plan(coarse_steps=16, probe_steps=68, max_probes=4)
         """
-        length = 10 * self.tau if total_steps is None else total_steps
+        length = self._length(total_steps)
         shortest, longest = _COARSE_PROBE
-        coarse = min(longest, max(length // 200, min(shortest, length // 80)))
+        coarse = min(longest, max(length // 500, min(shortest, length // 80)))
         if self.coarse_steps is not None:
             coarse = self.coarse_steps
         elif length < _SHORT_RUN:
             coarse = 0
         return Plan(coarse, self._probe_steps(length, _MOST_COARSE * coarse), self.num_candidates)
+
+    def _length(self, total_steps: int | None) -> int:
+        return 10 * self.tau if total_steps is None else total_steps
 
     def _probe_steps(self, length: int, used: int) -> int:
         """Steps of a long candidate when short ones took ``used``."""
@@ -177,30 +182,27 @@ class AutoLRS(AbstractSearch):
         plan = self.plan(run.total_steps)
         if self.evaluate == "validation" and not run.has_validation:
             raise ValueError("Expected validation batches, got none. Use evaluate='holdout'.")
-        start, coarse_steps, num_coarse, limit = run.lr, 0, 0, None
+        before: ProbeResult = yield Probe(run.lr, 0, draw=_DRAW, evaluate=self.evaluate, label="before any step")
+        short = self._ladder(run.lr, _COARSE_STEP, _MOST_COARSE)
         if plan.coarse_steps:
-            coarse = self._ladder(run.lr, _COARSE_STEP, _MOST_COARSE, limit)
-            yield from self._try(coarse, run.lr, plan.coarse_steps, _MOST_COARSE, "coarse candidate")
-            if coarse.results:
-                # longer candidates like lower rates: begin below
-                start, limit = coarse.best / self.step, coarse.limit
-                coarse_steps, num_coarse = coarse.num_steps, len(coarse.results)
-        ladder = self._ladder(start, self.step, self.num_candidates, limit, widen_after=3)
-        length = 10 * self.tau if run.total_steps is None else run.total_steps
-        probe_steps = self._probe_steps(length, num_coarse * plan.coarse_steps)
-        yield from self._try(ladder, start, probe_steps, self.num_candidates, "candidate")
-        best, reason = ladder.choose(start)
-        peak = max(best / self.caution, self.min_lr or 0.0)
+            yield from self._climb(short, run.lr, plan.coarse_steps)
+        start = short.best / self.step if short.results else run.lr  # longer candidates like lower rates: begin below
+        long = self._ladder(start, self.step, self.num_candidates, short.limit, widen_after=3)
+        peak = Peak(before, short, long)
+        length = self._probe_steps(self._length(run.total_steps), len(short.results) * plan.coarse_steps)
+        yield from self._refine(peak, start, length)
+        best, reason = peak.choose() if long.results else (long.clip(start), "There is one learning rate only:")
+        lr, limit = max(best / self.caution, self.min_lr or 0.0), long.limit
         reason += f" {best:.3g}, divided by {self.caution:g} since a run is longer than a probe."
         if run.total_steps is None:
-            yield from self._open_ended(peak, reason, ladder.limit)
+            yield from self._open_ended(lr, reason, limit)
         else:
-            searched = coarse_steps + ladder.num_steps if run.count_search else 0
+            searched = short.num_steps + long.num_steps if run.count_search else 0
             left = max(1, run.total_steps - searched)
-            yield Train(lr=peak, num_steps=left, shape=self._shape(left), stop_above=ladder.limit, reason=reason)
+            yield Train(lr, left, self._shape(left), stop_above=limit, reason=reason)
 
     def _ladder(
-        self, start: float, step: float, most: int, limit: float | None, widen_after: int | None = None
+        self, start: float, step: float, most: int, limit: float | None = None, widen_after: int | None = None
     ) -> Ladder:
         """Between the bounds; where there are none, as far as ``most`` candidates can go."""
         reach = step ** (2 * most)
@@ -208,21 +210,37 @@ class AutoLRS(AbstractSearch):
         high = self.max_lr if self.max_lr is not None else max(start, low) * reach
         return Ladder(low, high, step, limit, widen_after)
 
-    def _try(self, ladder: Ladder, start: float, num_steps: int, most: int, name: str) -> Requests:
-        """Candidates until the best is bracketed; the long ones, of finer steps, until a refinement gains nothing."""
+    def _climb(self, ladder: Ladder, start: float, num_steps: int) -> Requests:
+        """Short candidates until the best is bracketed."""
         lr: float | None = ladder.clip(start)
-        while lr is not None and len(ladder.results) < most and ladder.low < ladder.high:
-            result: ProbeResult = yield Probe(
-                lr=lr,
-                num_steps=num_steps,
-                draw=LOOK + 1,
-                shape=Linear(),
-                evaluate=self.evaluate,
-                stop_above=ladder.limit,
-                label=f"{name} {len(ladder.results) + 1} of at most {most}, lr {lr:.2g}",
+        while lr is not None and len(ladder.results) < _MOST_COARSE and ladder.low < ladder.high:
+            yield from self._try(
+                ladder, lr, num_steps, f"coarse candidate {len(ladder.results) + 1} of at most {_MOST_COARSE}"
             )
-            ladder.add(lr, result)
-            lr = ladder.climb() or (ladder.refine() if ladder.step < _COARSE_STEP else None)
+            lr = ladder.climb()
+
+    def _refine(self, peak: Peak, start: float, num_steps: int) -> Requests:
+        """Long candidates until the best is bracketed, then what the Gaussian process suggests, until it expects no gain."""
+        ladder, note = peak.long, ""
+        lr: float | None = ladder.clip(start)
+        while lr is not None and len(ladder.results) < self.num_candidates and ladder.low < ladder.high:
+            name = f"candidate {len(ladder.results) + 1} of at most {self.num_candidates}{note}"
+            yield from self._try(ladder, lr, num_steps, name)
+            lr = ladder.climb()
+            if lr is None and (suggestion := peak.suggest()) is not None:
+                lr, note = suggestion.lr, suggestion.reason and f" ({suggestion.reason})"
+
+    def _try(self, ladder: Ladder, lr: float, num_steps: int, name: str) -> Requests:
+        result: ProbeResult = yield Probe(
+            lr=lr,
+            num_steps=num_steps,
+            draw=_DRAW,
+            shape=Linear(),
+            evaluate=self.evaluate,
+            stop_above=ladder.limit,
+            label=f"{name}, lr {lr:.2g}",
+        )
+        ladder.add(lr, result)
 
     def _open_ended(self, peak: float, reason: str, limit: float | None) -> Requests:
         """Hold until somebody knows where the end is, then anneal over what is left."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median
+from statistics import fmean, median
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ __all__ = ["LOOK", "Guarded", "Ratchet", "divergence_limit", "paired"]
 
 _SHORTEST_STAGE = 10
 _FEW = 20  # first losses of a training, among which the highest is looked for
+_BY_HEART = 0.85  # training losses at this share of the lowest look, or of what they were then
 _LITTLE = 0.1  # of the first loss: while less has been gained, losing half of it means nothing
 LOOK = 0  # the draw of the ratchet's evaluations; searches use the ones after it
 
@@ -30,8 +31,10 @@ class Ratchet:
 
     - at once, when the training diverged, or more than half of all that was gained is lost again, in the looks and in the
       training losses alike (with batch normalisation, looks alone jump when nothing is wrong);
-    - when the median of the last ``patience`` looks is above that of the ``patience`` looks before, none of them made while
-      the learning rate is at its highest: there losses jitter around a trend that they hide.
+    - when the median of the last ``patience`` looks is above that of the ``patience`` looks before, and the data are learnt by
+      heart meanwhile: the training losses are clearly below the lowest look, or below what they were then. Where they are not,
+      the looks jitter, as with batch normalisation at a high learning rate. Looks made while the learning rate is at its
+      highest do not count: there losses jitter around a trend that they hide.
 
     The run ends on the weights with the lowest loss: its last step goes back to them. Undone steps count as steps of the run.
     It answers overfitting, which no short probe can see, and divergence.
@@ -104,17 +107,26 @@ class Guarded(AbstractSearch):
 
 @dataclass
 class _TrainLosses:
-    """Medians of the training losses of a stage each."""
+    """Medians of the training losses between two looks each."""
 
     first: float | None = None
     best: float = math.inf
     last: float = math.inf
+    at_lowest_look: float = math.inf
+    since: list[float] = field(default_factory=list)
 
     def add(self, losses: Sequence[float]) -> None:
-        if losses:
-            self.last = median(losses)
+        self.since += losses
+        if losses and self.first is None:
+            self.first = losses[0]
+
+    def look(self) -> float:
+        """The median since the last look."""
+        if self.since:
+            self.last = median(self.since)
             self.best = min(self.best, self.last)
-            self.first = losses[0] if self.first is None else self.first
+            self.since = []
+        return self.last
 
     def are_lost(self) -> bool:
         """Whether more than half of what was gained is lost again."""
@@ -132,7 +144,8 @@ class _Watch:
     state: str | None = None  # the id of the weights that had the lowest loss ...
     is_new: bool = False  # ... or: these are the present ones, not kept yet
     go_back: bool = False  # the next real step starts from ``state``
-    seen: list[float] = field(default_factory=list)  # losses since the last undo, below the highest learning rate
+    # (loss, median of the training losses before it) since the last undo, below the highest learning rate
+    seen: list[tuple[float, float]] = field(default_factory=list)
     since: int = 0  # steps since the last look
     highest_lr: float = 0.0
     lr: float = 0.0  # of the last step, as the search wanted it ...
@@ -242,22 +255,24 @@ class _Watch:
         assert self.best is not None
         self.since = 0
         self.is_new = after is not None and after.loss < self.best.loss
+        train_loss = self.train_losses.look()
+        learnt = max(self.best.loss, self.train_losses.at_lowest_look)
         blew_up = after is None or not math.isfinite(after.loss)
         if after is not None and not blew_up:
             blew_up = self.train_losses.are_lost() and _is_lost(self.first, self.best, after)
         if self.lr >= self.highest_lr * (1 - 1e-9):
             self.seen = []
         elif after is not None:
-            self.seen.append(after.loss)
-        stands = not self.is_new and _does_not_fall(self.seen, self.ratchet.patience)
-        self.go_back = blew_up or stands or (self.left <= 1 and not self.is_new)
+            self.seen.append((after.loss, train_loss))
+        overfits = not self.is_new and _overfits(self.seen, self.ratchet.patience, learnt)
+        self.go_back = blew_up or overfits or (self.left <= 1 and not self.is_new)
         if self.is_new:
-            self.best = after
+            self.best, self.train_losses.at_lowest_look = after, train_loss
             return "The loss fell."
         if not self.go_back:
             return "The loss was lower before, but not for long."
         self.seen = []
-        why = "The loss blew up" if blew_up else "The loss does not fall any more"
+        why = "The loss blew up" if blew_up else "The data are learnt by heart" if overfits else "The end"
         return f"{why}: back to the lowest, at 1/{self.ratchet.shrink:g} of the learning rate."
 
     def _look(self) -> Probe:
@@ -271,9 +286,13 @@ def _from(schedule: Schedule, step: int) -> Schedule:
     return schedule if step == 0 or isinstance(schedule, Constant) else Shifted(schedule, step)
 
 
-def _does_not_fall(losses: Sequence[float], window: int) -> bool:
-    """Whether the median of the last ``window`` losses is above that of the ``window`` before them."""
-    return len(losses) >= 2 * window and median(losses[-window:]) > median(losses[-2 * window : -window])
+def _overfits(seen: Sequence[tuple[float, float]], window: int, learnt: float) -> bool:
+    """Whether the last ``window`` looks are above the ``window`` before them, and the training losses far below ``learnt``."""
+    if len(seen) < 2 * window:
+        return False
+    before, after = seen[-2 * window : -window], seen[-window:]
+    rises = median(look for look, _ in after) > median(look for look, _ in before)
+    return rises and fmean(train_loss for _, train_loss in after) < _BY_HEART * learnt
 
 
 def _is_lost(first: ProbeResult, best: ProbeResult, after: ProbeResult) -> bool:

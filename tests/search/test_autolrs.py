@@ -87,8 +87,8 @@ def test_short_runs_stay_near_the_configured_rate() -> None:
 @pytest.mark.parametrize("total", [5000, 20_000])
 def test_the_search_keeps_to_its_budget(lr: float, total: int) -> None:
     run = run_toy(AutoLRS(), noisy_quadratic(), total_steps=total, lr=lr)
-    assert run.search_steps <= 0.1 * total
-    assert sum(q.num_steps for q, _ in probes(run)) <= 0.1 * total
+    assert run.search_steps <= 0.06 * total
+    assert sum(q.num_steps for q, _ in probes(run)) <= 0.06 * total
 
 
 @given(total=st.integers(1, 30_000), candidates=st.integers(1, 12))
@@ -99,7 +99,7 @@ def test_the_plan_keeps_the_budget(total: int, candidates: int) -> None:
     assert Ratchet().stage_steps(total) >= 1
     assert (
         plan.search_steps
-        <= (0.1 if total >= 5000 and candidates <= 4 else 0.2 if candidates <= 4 else 0.4) * total + candidates
+        <= (0.06 if total >= 5000 and candidates <= 4 else 0.2 if candidates <= 4 else 0.4) * total + candidates
     )
 
 
@@ -127,7 +127,8 @@ def test_the_schedule_is_warm_up_hold_anneal() -> None:
 
 def test_candidates_that_all_diverge_leave_a_small_rate() -> None:
     search = guarded(num_candidates=3).requests(Run(total_steps=100, lr=1.0))
-    request, lrs = next(search), []
+    assert next(search).num_steps == 0  # the loss before any step
+    request, lrs = search.send(ProbeResult(evaluations=(Evaluation(0, (1.0, 1.1)),))), []
     while isinstance(request, Probe) and request.num_steps:
         lrs.append(request.lr)
         request = search.send(ProbeResult((math.nan,), (), Status.DIVERGED))

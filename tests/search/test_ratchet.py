@@ -74,9 +74,11 @@ def test_a_falling_loss_is_never_undone() -> None:
 
 @pytest.mark.parametrize("patience", [3, 5])
 def test_overfitting_goes_back_to_the_lowest_loss_and_halves(patience: int) -> None:
-    losses = [2 - 0.08 * i for i in range(23)] + [0.3 + 0.05 * i for i in range(100)]  # lowest after 22 stages
+    learning = [2 - 0.08 * i for i in range(23)]
+    losses = learning + [0.3 + 0.05 * i for i in range(100)]  # lowest after 22 stages
+    training = learning + [0.24 / (1 + i) for i in range(100)]
     search = Guarded(Fixed(Linear()), Ratchet(patience=patience))
-    trained = Curve(losses).run(search, 400)
+    trained = Curve(losses, training=training).run(search, 400)
     first_undo = next(i for i, (q, _) in enumerate(trained) if q.start)
     medians = [np.median(losses[max(0, k - patience + 1) : k + 1]) for k in range(40)]  # of the looks up to number k
     window = next(k for k in range(2 * patience, 40) if medians[k] > medians[k - patience])
@@ -123,6 +125,21 @@ def test_a_look_that_jumps_while_training_does_not_is_no_blow_up() -> None:
     falling = [2 - 0.04 * i for i in range(50)]
     assert not any(q.start for q, _ in Curve(looks, training=falling).run(FALLING, 400))
     assert any(q.start for q, _ in Curve(looks).run(FALLING, 400))
+
+
+def test_losses_that_rise_are_harm_only_where_the_data_are_learnt_by_heart() -> None:
+    low, high = [0.9, 1.3, 0.8, 0.7, 0.8], [0.75, 0.7, 0.9, 1.0, 1.0]  # as batch norm's statistics jitter
+    looks = [2.0, *low, *high, *(0.69 - 0.005 * i for i in range(50))]
+
+    def is_undone(training: list[float]) -> bool:
+        return any(q.start for q, _ in Curve(looks, training=training).run(FALLING, 400)[:-1])
+
+    assert not is_undone([0.7 - 0.002 * i for i in range(61)])
+    assert is_undone([0.7 - 0.02 * i for i in range(61)])  # far below the lowest look
+    assert is_undone(
+        [1.7 - 0.1 * i for i in range(61)]
+    )  # above it, as with noisy labels, and far below what they were then
+    assert not is_undone([1.7 - 0.002 * i for i in range(61)])
 
 
 def test_noise_at_the_highest_rate_undoes_nothing() -> None:
