@@ -10,7 +10,7 @@ from lightning_autolr.core.requests import Probe, ProbeResult, Requests, Run, Tr
 from lightning_autolr.schedules import Linear, Rex, Schedule, Shifted, WarmupStableDecay
 from lightning_autolr.search.autowu import AutoWU
 from lightning_autolr.search.base import AbstractSearch
-from lightning_autolr.search.ladder import Ladder, Peak
+from lightning_autolr.search.ladder import Ladder
 from lightning_autolr.search.ratchet import LOOK
 
 __all__ = ["AutoLRS", "Plan"]
@@ -182,16 +182,14 @@ class AutoLRS(AbstractSearch):
         plan = self.plan(run.total_steps)
         if self.evaluate == "validation" and not run.has_validation:
             raise ValueError("Expected validation batches, got none. Use evaluate='holdout'.")
-        before: ProbeResult = yield Probe(run.lr, 0, draw=_DRAW, evaluate=self.evaluate, label="before any step")
         short = self._ladder(run.lr, _COARSE_STEP, _MOST_COARSE)
         if plan.coarse_steps:
             yield from self._climb(short, run.lr, plan.coarse_steps)
         start = short.best / self.step if short.results else run.lr  # longer candidates like lower rates: begin below
         long = self._ladder(start, self.step, self.num_candidates, short.limit, widen_after=3)
-        peak = Peak(before, short, long)
         length = self._probe_steps(self._length(run.total_steps), len(short.results) * plan.coarse_steps)
-        yield from self._refine(peak, start, length)
-        best, reason = peak.choose() if long.results else (long.clip(start), "There is one learning rate only:")
+        yield from self._refine(long, start, length)
+        best, reason = long.choose(start)
         lr, limit = max(best / self.caution, self.min_lr or 0.0), long.limit
         reason += f" {best:.3g}, divided by {self.caution:g} since a run is longer than a probe."
         if run.total_steps is None:
@@ -219,15 +217,14 @@ class AutoLRS(AbstractSearch):
             )
             lr = ladder.climb()
 
-    def _refine(self, peak: Peak, start: float, num_steps: int) -> Requests:
+    def _refine(self, ladder: Ladder, start: float, num_steps: int) -> Requests:
         """Long candidates until the best is bracketed, then what the Gaussian process suggests, until it expects no gain."""
-        ladder, note = peak.long, ""
+        note, most = "", self.num_candidates
         lr: float | None = ladder.clip(start)
-        while lr is not None and len(ladder.results) < self.num_candidates and ladder.low < ladder.high:
-            name = f"candidate {len(ladder.results) + 1} of at most {self.num_candidates}{note}"
-            yield from self._try(ladder, lr, num_steps, name)
+        while lr is not None and len(ladder.results) < most and ladder.low < ladder.high:
+            yield from self._try(ladder, lr, num_steps, f"candidate {len(ladder.results) + 1} of at most {most}{note}")
             lr = ladder.climb()
-            if lr is None and (suggestion := peak.suggest()) is not None:
+            if lr is None and (suggestion := ladder.refine()) is not None:
                 lr, note = suggestion.lr, suggestion.reason and f" ({suggestion.reason})"
 
     def _try(self, ladder: Ladder, lr: float, num_steps: int, name: str) -> Requests:

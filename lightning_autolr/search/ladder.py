@@ -1,4 +1,4 @@
-"""Candidates of one length, and where the best one lies: climb until it is bracketed, or ask a Gaussian process."""
+"""Candidates of one length: climb until the best is bracketed, then ask a Gaussian process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_autolr.core.requests import ProbeResult
 from lightning_autolr.core.surrogate import FitError, Observation, Suggestion, posterior, suggest
 from lightning_autolr.search.ratchet import divergence_limit, paired
 
-__all__ = ["Ladder", "Peak"]
+__all__ = ["Ladder"]
 
 
 @dataclass
@@ -49,10 +49,6 @@ class Ladder:
         return sum(len(r.losses) for r in self.results.values())
 
     @property
-    def has_finite(self) -> bool:
-        return any(math.isfinite(r.loss) for r in self.results.values())
-
-    @property
     def best(self) -> float:
         """The best candidate; the lowest one when all failed."""
         return min(sorted(self.results), key=lambda lr: self.results[lr].loss)
@@ -65,81 +61,42 @@ class Ladder:
         down = self.clip(best / step) if best == lrs[0] else best
         return next((lr for lr in (up, down) if lr != best), None)
 
-
-@dataclass
-class Peak:
-    """The best learning rate of the long candidates, by one Gaussian process over (log learning rate, stage).
-
-    The short ones are a stage of their own: their scores have another level and like higher rates, but say where not to look.
-
-    Args:
-        before: evaluation before any step. What ends worse than that is bad; how bad says nothing, so scores are cut off as far
-            above it as the best one is below.
-        short: candidates of few steps; there may be none.
-        long: candidates of more steps.
-    """
-
-    before: ProbeResult
-    short: Ladder
-    long: Ladder
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """Where a candidate may lie: between the lowest and highest that were tried, or a step of the long ones outside."""
-        tried = [*self.short.results, *self.long.results]
-        best = self.long.best
-        low, high = (self.long.clip(lr) for lr in (best / self.long.step**2, best * self.long.step**2))
-        return min(low, *tried), max(high, *tried)
-
-    def suggest(self) -> Suggestion | None:
-        """The long candidate that is expected to gain the most on the best one; None when that is less than the noise."""
-        low, high = self.bounds
-        if low == high:
+    def refine(self) -> Suggestion | None:
+        """A candidate in the bracket that is expected to gain more than the noise, or None."""
+        bracket = self._bracket()
+        if bracket is None:
             return None
-        observations = self._observations()
-        suggestion = suggest(observations, (low, high), acquisition="ei", incumbent=self.long.best, stage=1)
-        noise = _noise(self.long)
+        observations = self._observations(bracket)
+        suggestion = suggest(observations, (bracket[0], bracket[-1]), acquisition="ei", incumbent=self.best)
+        noise = math.sqrt(max(o.variance or 0.0 for o in observations))
         return suggestion if suggestion.value is None or suggestion.value > noise else None
 
-    def choose(self) -> tuple[float, str]:
-        """The best learning rate between the best long candidate's neighbours, and why: a sentence, open at its end."""
-        lrs = sorted(self.long.results)
-        if not self.long.has_finite:
-            return lrs[0] / 10, f"All {len(lrs)} candidates diverged; a tenth of the lowest:"
-        if len(lrs) < 3:
-            return self.long.best, f"The best of {len(lrs)} candidates:"
-        i = lrs.index(self.long.best)
-        between = [float(x) for x in np.geomspace(lrs[max(0, i - 1)], lrs[min(i + 1, len(lrs) - 1)], 101)]
+    def choose(self, configured: float) -> tuple[float, str]:
+        """The best learning rate, and why: a sentence, open at its end."""
+        if not any(math.isfinite(r.loss) for r in self.results.values()):
+            lowest = min(self.results, default=self.clip(configured) * 10)
+            return lowest / 10, f"All {len(self.results)} candidates diverged; a tenth of the lowest:"
+        best = self.best
+        bracket = self._bracket()
+        if bracket is None:
+            return best, f"The best of {len(self.results)} candidates:"
+        lrs = [float(x) for x in np.geomspace(bracket[0], bracket[-1], 101)]
         try:
-            mean = posterior(self._observations(), self.bounds, between, stage=1).mean
+            mean = posterior(self._observations(bracket), (bracket[0], bracket[-1]), lrs).mean
         except FitError as error:
-            return self.long.best, f"The best of {len(lrs)} candidates, as the surrogate failed ({error}):"
-        return between[int(np.argmin(mean))], f"The minimum expected from {len(lrs)} candidates:"
+            return best, f"The best of {len(self.results)} candidates, as the surrogate failed ({error}):"
+        return lrs[int(np.argmin(mean))], f"The minimum expected from {len(self.results)} candidates:"
 
-    def _observations(self) -> list[Observation]:
-        stages = enumerate((self.short, self.long))
-        return [o for stage, ladder in stages if ladder.has_finite for o in _observations(ladder, self.before, stage)]
+    def _bracket(self) -> list[float] | None:
+        """The best candidate with its neighbours; None when it has not got two."""
+        lrs = sorted(self.results)
+        i = lrs.index(self.best)
+        return lrs[i - 1 : i + 2] if 0 < i < len(lrs) - 1 else None
 
-
-def _errors(ladder: Ladder) -> dict[float, float]:
-    """Standard errors of the paired differences to the best candidate."""
-    best = ladder.results[ladder.best]
-    finite = {lr: r for lr, r in ladder.results.items() if math.isfinite(r.loss) and lr != ladder.best}
-    return {lr: paired(best, result)[1] for lr, result in finite.items()}
-
-
-def _noise(ladder: Ladder) -> float:
-    return max(1e-9, float(np.median([*_errors(ladder).values()] or [0.0])))
-
-
-def _observations(ladder: Ladder, before: ProbeResult, stage: int) -> Sequence[Observation]:
-    """Scores with the noise of their paired differences to the best one, whose own is next to nothing."""
-    best, noise = ladder.results[ladder.best].loss, _noise(ladder)
-    worst = best + 2 * abs(before.loss - best) if math.isfinite(before.loss) else math.inf
-    errors = {ladder.best: 0.1 * noise, **_errors(ladder)}
-    return [
-        Observation(
-            lr, min(r.loss, worst) if math.isfinite(r.loss) else math.inf, max(errors.get(lr, noise), 1e-9) ** 2, stage
-        )
-        for lr, r in ladder.results.items()
-    ]
+    def _observations(self, lrs: Sequence[float]) -> list[Observation]:
+        """Scores with the noise of their paired differences to the best one, whose own is next to nothing."""
+        best = self.results[self.best]
+        errors = {lr: paired(best, self.results[lr])[1] for lr in lrs if math.isfinite(self.results[lr].loss)}
+        typical = max(float(np.median([e for lr, e in errors.items() if lr != self.best] or [0.0])), 1e-9)
+        errors[self.best] = 0.1 * typical
+        return [Observation(lr, self.results[lr].loss, max(errors.get(lr, typical), 1e-9) ** 2) for lr in lrs]
