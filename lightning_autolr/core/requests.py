@@ -32,6 +32,7 @@ __all__ = [
     "TrainResult",
     "decode",
     "encode",
+    "private_steps",
 ]
 
 
@@ -197,15 +198,24 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Answer to a :class:`Probe`: ``losses`` has one training loss per step made, before that step."""
+    """Answer to a :class:`Probe`: ``losses`` has one training loss per step, before that step, up to a divergence.
+
+    ``steps_made`` is given where more steps were made than that: losses are read now and then, so a divergence is noticed late.
+    """
 
     losses: tuple[float, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
     status: Status = Status.OK
     end: str | None = None
+    steps_made: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "status", Status(self.status))  # comes as text from a file
+
+    @property
+    def num_steps(self) -> int:
+        """Steps made: what the probe cost."""
+        return len(self.losses) if self.steps_made is None else self.steps_made
 
     @property
     def loss(self) -> float:
@@ -248,6 +258,13 @@ class TrainResult:
 Request = Probe | LineProbe | Train
 Answer = ProbeResult | LineResult | TrainResult
 Requests = Generator[Request, Any, None]
+
+
+def private_steps(request: Request, answer: Answer) -> int:
+    """Private steps that a request took; 0 for real training."""
+    if isinstance(request, LineProbe):
+        return request.horizon * (len(request.factors) if request.exact else 1)
+    return answer.num_steps if isinstance(answer, ProbeResult) else 0
 
 
 def _check_lr(lr: float) -> None:

@@ -201,7 +201,7 @@ class Prober:
         self._seed(request.draw, request.offset)
         losses: list[float] = []
         evaluations: list[Evaluation] = []
-        status = Status.OK
+        status, steps_before = Status.OK, self.cost.steps
         unread: list[Tensor] = []
 
         def read() -> Status:
@@ -237,7 +237,14 @@ class Prober:
             self.keep(new_id)
         if status is Status.OK and request.evaluate != "none":
             status = self._survives(score, request.num_steps, self._evaluate, request)
-        return ProbeResult(tuple(losses), tuple(evaluations), status, new_id if request.keep_end else None)
+        made = self.cost.steps - steps_before
+        return ProbeResult(
+            tuple(losses),
+            tuple(evaluations),
+            status,
+            new_id if request.keep_end else None,
+            None if made == len(losses) else made,
+        )
 
     def _survives(self, work: Callable[[int], None], step: int, again: Callable[..., Any], *args: Any) -> Status:
         """Do a piece of work. Its exception is an answer when the weights are to blame: the real ones do not raise it.

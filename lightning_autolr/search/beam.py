@@ -241,7 +241,7 @@ class _Round:
             release=self.kept.give_up(needed),
         )
         self.kept.add(answer.end)
-        self.steps_made += len(answer.losses)
+        self.steps_made += answer.num_steps
         return replace(child, score=_mean(answer) if score == "running" else answer.loss, end=answer.end)
 
 

@@ -46,7 +46,7 @@ class Ladder:
 
     @property
     def num_steps(self) -> int:
-        return sum(len(r.losses) for r in self.results.values())
+        return sum(r.num_steps for r in self.results.values())
 
     @property
     def best(self) -> float:

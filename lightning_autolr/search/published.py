@@ -257,7 +257,7 @@ class PublishedAutoLRS(AbstractSearch):
             if not observations:
                 known.note_start(result.losses)
             if run.count_search:
-                known.left -= len(result.losses)
+                known.left -= result.num_steps
             score = self.forecast(stage, result)
             candidates.append(_Candidate(suggestion.lr, score))
             # A training loss above the limit is as bad as divergence; as a number it would make all others look equal.

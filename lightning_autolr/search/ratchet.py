@@ -10,7 +10,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lightning_autolr.core.requests import Probe, ProbeResult, Request, Requests, Run, Status, Train, TrainResult
+from lightning_autolr.core.requests import (
+    Probe,
+    ProbeResult,
+    Request,
+    Requests,
+    Run,
+    Status,
+    Train,
+    TrainResult,
+    private_steps,
+)
 from lightning_autolr.schedules import Constant, Schedule, Shifted
 from lightning_autolr.search.base import AbstractSearch
 
@@ -163,8 +173,8 @@ class _Watch:
         if self.go_back and request.start is None:  # where the training will go on
             request = replace(request, start=self.state)
         result = yield request
-        if self.run.count_search and isinstance(result, ProbeResult):
-            self.left -= len(result.losses)
+        if self.run.count_search:
+            self.left -= private_steps(request, result)
         return result
 
     def end(self) -> Requests:

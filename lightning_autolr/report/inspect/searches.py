@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from lightning_autolr.core.forecast import Forecast
-from lightning_autolr.core.requests import Evaluation, LineProbe, ProbeResult, Status, Train
+from lightning_autolr.core.requests import Evaluation, Status, Train, private_steps
 from lightning_autolr.report.trace import Entry
 from lightning_autolr.schedules import Segment
 
@@ -140,6 +140,4 @@ def late_loss(pieces: Sequence[Piece]) -> float | None:
 
 def steps_of(entry: Entry) -> int:
     """Private steps of a request; 0 for real training."""
-    if isinstance(entry.request, LineProbe):
-        return entry.request.horizon * (len(entry.request.factors) if entry.request.exact else 1)
-    return len(entry.answer.losses) if isinstance(entry.answer, ProbeResult) else 0
+    return private_steps(entry.request, entry.answer)
