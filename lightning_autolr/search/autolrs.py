@@ -184,11 +184,11 @@ class AutoLRS(AbstractSearch):
             raise ValueError("Expected validation batches, got none. Use evaluate='holdout'.")
         short = self._ladder(run.lr, _COARSE_STEP, _MOST_COARSE)
         if plan.coarse_steps:
-            yield from self._climb(short, run.lr, plan.coarse_steps)
+            yield from self._try(short, run.lr, plan.coarse_steps, _MOST_COARSE, "coarse candidate")
         start = short.best / self.step if short.results else run.lr  # longer candidates like lower rates: begin below
         long = self._ladder(start, self.step, self.num_candidates, short.limit, widen_after=3)
         length = self._probe_steps(self._length(run.total_steps), len(short.results) * plan.coarse_steps)
-        yield from self._refine(long, start, length)
+        yield from self._try(long, start, length, self.num_candidates, "candidate", refines=True)
         best, reason = long.choose(start)
         lr, limit = max(best / self.caution, self.min_lr or 0.0), long.limit
         reason += f" {best:.3g}, divided by {self.caution:g} since a run is longer than a probe."
@@ -208,36 +208,26 @@ class AutoLRS(AbstractSearch):
         high = self.max_lr if self.max_lr is not None else max(start, low) * reach
         return Ladder(low, high, step, limit, widen_after)
 
-    def _climb(self, ladder: Ladder, start: float, num_steps: int) -> Requests:
-        """Short candidates until the best is bracketed."""
+    def _try(
+        self, ladder: Ladder, start: float, num_steps: int, most: int, name: str, refines: bool = False
+    ) -> Requests:
+        """Candidates until the best is bracketed, and then, if wanted, until the Gaussian process expects no gain."""
         lr: float | None = ladder.clip(start)
-        while lr is not None and len(ladder.results) < _MOST_COARSE and ladder.low < ladder.high:
-            yield from self._try(
-                ladder, lr, num_steps, f"coarse candidate {len(ladder.results) + 1} of at most {_MOST_COARSE}"
-            )
-            lr = ladder.climb()
-
-    def _refine(self, ladder: Ladder, start: float, num_steps: int) -> Requests:
-        """Long candidates until the best is bracketed, then what the Gaussian process suggests, until it expects no gain."""
-        note, most = "", self.num_candidates
-        lr: float | None = ladder.clip(start)
+        note = ""
         while lr is not None and len(ladder.results) < most and ladder.low < ladder.high:
-            yield from self._try(ladder, lr, num_steps, f"candidate {len(ladder.results) + 1} of at most {most}{note}")
+            result: ProbeResult = yield Probe(
+                lr=lr,
+                num_steps=num_steps,
+                draw=_DRAW,
+                shape=Linear(),
+                evaluate=self.evaluate,
+                stop_above=ladder.limit,
+                label=f"{name} {len(ladder.results) + 1} of at most {most}, lr {lr:.2g}{note}",
+            )
+            ladder.add(lr, result)
             lr = ladder.climb()
-            if lr is None and (suggestion := ladder.refine()) is not None:
+            if lr is None and refines and (suggestion := ladder.refine()) is not None:
                 lr, note = suggestion.lr, suggestion.reason and f" ({suggestion.reason})"
-
-    def _try(self, ladder: Ladder, lr: float, num_steps: int, name: str) -> Requests:
-        result: ProbeResult = yield Probe(
-            lr=lr,
-            num_steps=num_steps,
-            draw=_DRAW,
-            shape=Linear(),
-            evaluate=self.evaluate,
-            stop_above=ladder.limit,
-            label=f"{name}, lr {lr:.2g}",
-        )
-        ladder.add(lr, result)
 
     def _open_ended(self, peak: float, reason: str, limit: float | None) -> Requests:
         """Hold until somebody knows where the end is, then anneal over what is left."""

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_autolr.core.requests import Evaluation, Probe, ProbeResult, Run, Status, Train, TrainResult
+from lightning_autolr.core.surrogate import Suggestion
 from lightning_autolr.schedules import Cosine, WarmupStableDecay
+from lightning_autolr.search import ladder as ladder_module
 from lightning_autolr.search.autolrs import AutoLRS
 from lightning_autolr.search.autowu import AutoWU
 from lightning_autolr.search.base import replay
@@ -72,6 +74,15 @@ def test_few_candidates_are_enough_from_far_off() -> None:
     for number, lr in enumerate((1.0, 2.0, 4.0)):
         ladder.add(lr, ProbeResult((1.0,), (Evaluation(1, (9.0 - number, 9.1 - number)),)))
     assert ladder.climb() == 8.0
+
+
+def test_a_fallback_of_the_surrogate_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **options: Any) -> Suggestion:
+        return Suggestion(lr=0.3, reason="the fit failed")
+
+    monkeypatch.setattr(ladder_module, "suggest", fails)
+    run = run_toy(AutoLRS(), noisy_quadratic(), total_steps=2000)
+    assert [q.lr for q, _ in probes(run) if "(the fit failed)" in q.label] == [0.3]
 
 
 def test_short_runs_stay_near_the_configured_rate() -> None:
