@@ -7,10 +7,11 @@
 
 Every method has the same number of optimizer steps; what it searches with is not trained with. Fixed schedules are shown
 twice: with the library's default learning rate, and tuned: with the best of five by validation loss on the first seed (that
-tuning is not counted). The oracle of a task is the tuned schedule with the lowest validation loss over all seeds. Results are
-read on a test split that no method sees. "Sooner": how many times sooner than the tuned cosine its final validation loss is
-reached, counting the steps of the schedule, and counting all. One line of JSON per run in ``--out``; several processes may
-share it, each with its own ``--tasks``.
+tuning is not counted). The oracle of a task is the tuned schedule with the lowest validation loss over the seeds that all tuned
+ones have and whose last weights are tested; "best checkpoint" arms are tested on the weights of their lowest validation loss.
+Results are read on a test split that no method sees. "Sooner": how many times sooner than the tuned cosine its final
+validation loss is reached, counting the steps of the schedule, and counting all. One line of JSON per run in ``--out``; several
+processes may share it, each with its own ``--tasks``.
 """
 
 from __future__ import annotations
@@ -107,6 +108,8 @@ TASKS = {
     ),
 }
 
+BEST = ", best checkpoint"  # at the end of its name, a method is tested on the weights of its lowest validation loss
+
 SCHEDULES: dict[str, Schedule] = {
     "constant": Constant(),
     "linear": Linear(),
@@ -116,6 +119,8 @@ SCHEDULES: dict[str, Schedule] = {
     "step": Step(),
     "one-cycle": OneCycle(),
     "warm-up stable decay": WarmupStableDecay(),
+    "cosine" + BEST: Cosine(),
+    "warm-up stable decay" + BEST: WarmupStableDecay(),
 }
 
 
@@ -162,13 +167,18 @@ class ScheduleFreeMode(Callback):
 
 def searches(task: Task) -> dict[str, Callable[[], list[Callback]]]:
     """Methods that need no learning rate from the user."""
+
+    def warmed() -> list[Callback]:
+        return [RangeThenCallback(Warmup(Cosine(), 0.05), count_search=True)]
+
     return {
         "autolrs": lambda: [AutoLRSCallback(count_search=True)],
         "autolrs, published": lambda: [
             AutoLRSCallback(tau=task.steps // 20, method="published", objective="auto", count_search=True)
         ],
         "range test + cosine": lambda: [RangeThenCallback(Cosine(), count_search=True)],
-        "range test + warm-up cosine": lambda: [RangeThenCallback(Warmup(Cosine(), 0.05), count_search=True)],
+        "range test + warm-up cosine": warmed,
+        "range test + warm-up cosine" + BEST: warmed,
         "factor search": lambda: [FactorSearchCallback(count_search=True, every=task.steps // 20)],
         "factor search, scores shuffled": lambda: [
             FactorSearchCallback(count_search=True, every=task.steps // 20, shuffle_scores=True)
@@ -211,11 +221,13 @@ def run(name: str, method: str, lr: float | None, seed: int, steps: int | None, 
     seed_everything(seed, verbose=False)
     module = ClassificationTask(task.network(), num_classes=task.num_classes, optimizer=optimizer)
     curve = Curve()
-    place = folder / f"{name}-{method}-{lr}-{seed}".replace(" ", "_")
+    place = folder / f"{name}-{method}-{total}-{lr}-{seed}".replace(" ", "_")
     trainer = quiet_trainer(place, total, callbacks=[*callbacks, curve], val_check_interval=max(1, total // 20))
     begun = time.perf_counter()
     data = task.data()
     trainer.fit(module, data)
+    if method.endswith(BEST):
+        module.load_state_dict(curve.best_weights or module.state_dict())
     seconds = time.perf_counter() - begun
     (tested,) = trainer.test(module, data, verbose=False)
     (validated,) = trainer.validate(module, data, verbose=False)
@@ -242,14 +254,18 @@ def run(name: str, method: str, lr: float | None, seed: int, steps: int | None, 
 
 
 class Curve(Callback):
-    """Validation loss at real steps."""
+    """Validation loss at real steps, and the weights where it was lowest."""
 
     def __init__(self) -> None:
         self.points: list[tuple[int, float]] = []
+        self.best_weights: dict[str, torch.Tensor] = {}
 
     def on_validation_end(self, trainer: Any, module: Any) -> None:
         if trainer.state.fn == "fit" and "val_loss" in trainer.callback_metrics:
-            self.points.append((trainer.global_step, float(trainer.callback_metrics["val_loss"])))
+            loss = float(trainer.callback_metrics["val_loss"])
+            if loss < min((x for _, x in self.points), default=math.inf):
+                self.best_weights = {name: x.detach().clone() for name, x in module.state_dict().items()}
+            self.points.append((trainer.global_step, loss))
 
 
 Job = tuple[str, str, float | None, int]  # task, method, learning rate (None: the default), seed
@@ -289,13 +305,14 @@ def table(rows: list[dict[str, Any]]) -> str:
             if any(r["lr"] is not None for r in of):
                 best = tuned(name, method, rows)
                 arms[f"{method}, tuned ({best:g})"] = {r["seed"]: r for r in of if r["lr"] == best}
-        schedules = [a for a in arms if ", tuned" in a]
-        oracle = min(schedules, key=lambda a: np.mean([r["val_loss"] for r in arms[a].values()]), default=None)
+        schedules = [a for a in arms if ", tuned" in a and BEST not in a]
+        shared = set.intersection(*(set(arms[a]) for a in schedules)) if schedules else set()
+        oracle = min(schedules, key=lambda a: np.mean([arms[a][s]["val_loss"] for s in sorted(shared)]), default=None)
         lines += ["", f"### {name}", ""]
         lines += [
-            "| method | test loss | against the oracle (95 %) | accuracy | search | evaluation batches | sooner |"
+            "| method | seeds | test loss | against the oracle (95 %) | accuracy | search | evaluation batches | sooner |"
         ]
-        lines += ["|---|--:|--:|--:|--:|--:|--:|"]
+        lines += ["|---|--:|--:|--:|--:|--:|--:|--:|"]
         target = next((a for a in arms if a.startswith("cosine, tuned")), None)
         for arm in sorted(arms, key=lambda a: np.mean([r["test_loss"] for r in arms[a].values()])):
             runs = list(arms[arm].values())
@@ -303,7 +320,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             spread = np.std(loss, ddof=1) / math.sqrt(len(loss)) if len(loss) > 1 else math.nan
             share = np.mean([r["search_steps"] for r in runs]) / runs[0]["total_steps"]
             lines.append(
-                f"| {arm}{' (oracle)' if arm == oracle else ''} | {np.mean(loss):.4f} ± {spread:.4f} "
+                f"| {arm}{' (oracle)' if arm == oracle else ''} | {len(loss)} | {np.mean(loss):.4f} ± {spread:.4f} "
                 f"| {_against(arms, arm, oracle)} | {100 * np.mean([r['test_acc'] for r in runs]):.2f} | {share:.0%} "
                 f"| {np.mean([r['eval_batches'] for r in runs]):.0f} | {_sooner(arms, arm, target)} |"
             )

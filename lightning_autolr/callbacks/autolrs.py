@@ -46,7 +46,7 @@ class AutoLRSCallback(SearchCallback):
         on_scheduler: what to do with learning-rate schedulers of the module: "override", "multiply" or "error".
         seed: seed of everything random in the search.
         method: "early" or "published".
-        search_budget: "early": search steps as a share of the run's; short runs take more.
+        search_budget: "early": search steps as a share of the run's, at most; None is a twentieth, and more in short runs.
         caution: "early": what the best candidate's learning rate is divided by: a run is longer than a probe.
         warmup_fraction: "early": share of the run that goes linearly up to the peak.
         anneal_fraction: "early": share of the run at its end that goes to zero.
@@ -84,10 +84,10 @@ class AutoLRSCallback(SearchCallback):
         on_scheduler: Literal["override", "multiply", "error"] = "override",
         seed: int = 0,
         method: Literal["early", "published"] = "early",
-        search_budget: float = 0.05,
-        warmup_fraction: float = 0.05,
+        search_budget: float | None = None,
+        warmup_fraction: float = 0.1,
         caution: float = 2.0,
-        anneal_fraction: float = 0.7,
+        anneal_fraction: float = 0.9,
         anneal: Schedule | None = None,
         ratchet: Ratchet | bool | None = None,
         warmup: Literal["autowu"] | None = None,
@@ -99,7 +99,7 @@ class AutoLRSCallback(SearchCallback):
             fork=fork,
             on_scheduler=on_scheduler,
             seed=seed,
-            ratchet=_ratchet(tau, objective) if ratchet is None and method == "early" else ratchet or False,
+            ratchet=Ratchet(longest_stage=tau) if method == "early" and ratchet in (None, True) else ratchet or False,
             **options,
         )
         if warmup not in (None, "autowu"):
@@ -142,7 +142,3 @@ class AutoLRSCallback(SearchCallback):
     @override
     def make_search(self, run: Run) -> AbstractSearch:
         return self.search
-
-
-def _ratchet(tau: int, objective: str) -> Ratchet:
-    return Ratchet(longest_stage=tau, evaluate="holdout" if objective == "holdout" else "validation")

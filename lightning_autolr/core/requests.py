@@ -159,6 +159,8 @@ class Train:
         stop_above: a training loss above this ends the segment as diverged.
         grad_norm: record the gradient norm of each step, "l2" or "l1".
         stage: number of the stage.
+        goes_on: whether it goes on with the training before it, cut into pieces: what the module's own schedulers do is
+            counted from where that began.
         label: what the user reads.
         reason: one sentence: why this learning rate.
         release: ids of kept states which are not needed after ``start`` has been restored.
@@ -172,6 +174,7 @@ class Train:
     keep_start: bool = False
     stop_above: float | None = None
     grad_norm: Literal["l1", "l2"] | None = None
+    goes_on: bool = False
     stage: int = 0
     label: str = ""
     reason: str = ""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_autolr.core.requests import Run
 from lightning_autolr.engine import compat
 from lightning_autolr.engine.steps import steps_per_batch
 
-__all__ = ["TESTED_STRATEGIES", "check_choice", "check_trainer", "facts_of"]
+__all__ = ["TESTED_STRATEGIES", "check_choice", "check_trainer", "facts_of", "steps_made"]
 
 TESTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
 
@@ -22,8 +24,8 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"Expected {name} to be one of {choices}, got {value!r}.")
 
 
-def check_trainer(trainer: Any, pl_module: Any, objective: str, allow_untested: bool) -> None:
-    """Raise a MisconfigurationException if a search cannot run here."""
+def check_trainer(trainer: Any, pl_module: Any, evaluates: Collection[str | None], allow_untested: bool) -> None:
+    """Raise a MisconfigurationException if a search that ``evaluates`` this cannot run here."""
     kind = type(trainer.strategy)
     if not allow_untested and not any(c.__name__ in TESTED_STRATEGIES for c in kind.__mro__):
         raise MisconfigurationException(
@@ -35,38 +37,55 @@ def check_trainer(trainer: Any, pl_module: Any, objective: str, allow_untested: 
         raise MisconfigurationException(
             "Expected DistributedDataParallel without a communication hook, got one: its state cannot be put back."
         )
-    if objective == "validation" and not trainer.enable_validation:
+    if "validation" in evaluates and not trainer.enable_validation:
         raise MisconfigurationException(
             "Expected a `validation_step`, a validation dataloader and `limit_val_batches > 0` for "
-            "`objective='validation'`, got none. Add them, or pass `objective='holdout'` (training batches held out from "
-            "the probes) or 'train'."
+            "`objective='validation'` or a ratchet that looks at it, got none. Add them, or pass `objective='holdout'` "
+            "(training batches held out from the probes) or 'train', or `ratchet=Ratchet(evaluate='holdout')`."
         )
-    if objective == "holdout" and not pl_module.automatic_optimization:
+    if "holdout" in evaluates and not pl_module.automatic_optimization:
         raise MisconfigurationException(
-            "Expected automatic optimization for `objective='holdout'`, got a manual one, whose `training_step` cannot be "
-            "evaluated without a step. Use `objective='validation'`."
+            "Expected automatic optimization for `objective='holdout'` or a ratchet that looks at it, got a manual one, whose "
+            "`training_step` cannot be evaluated without a step. Use `objective='validation'`."
         )
 
 
-def _known_total(trainer: Any, total_steps: int | Literal["auto"]) -> int | None:
-    """The steps of the run as we count them; None when nobody knows."""
-    if total_steps != "auto":
-        return int(total_steps)
-    try:
-        total = trainer.estimated_stepping_batches
-    except MisconfigurationException:  # an accumulation that changes during the run
-        return None
-    if not trainer.lightning_module.automatic_optimization and trainer.max_steps != -1:
-        # Lightning counts the steps of each optimizer; we count batches
-        total = min(total, math.ceil(trainer.max_steps / len(trainer.optimizers)))
-    return None if total == math.inf else int(total)
+def steps_made(trainer: Any) -> int:
+    """The steps of the run until now as we count them, also those before a plain checkpoint."""
+    # Lightning counts the steps of each optimizer; we count batches under manual optimization
+    per_step = 1 if trainer.lightning_module.automatic_optimization else max(1, len(trainer.optimizers))
+    return int(trainer.global_step) // per_step
 
 
-def facts_of(trainer: Any, lr: float, total_steps: int | Literal["auto"], count_search: bool) -> Run:
-    """What a search may know of the run."""
+def _known_total(trainer: Any) -> float:
+    """The steps of the run as we count them; infinite when nobody knows."""
+    total = _steps_of_epochs(trainer)
+    if trainer.max_steps != -1:
+        per_step = 1 if trainer.lightning_module.automatic_optimization else len(trainer.optimizers)
+        total = min(total, math.ceil(trainer.max_steps / per_step))
+    return total
+
+
+def _steps_of_epochs(trainer: Any) -> float:
+    scheduler = next((c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)), None)
+    if scheduler is None:
+        total = float(trainer.estimated_stepping_batches)
+        return total if total >= 0 else math.inf  # negative: epochs of unknown length
+    # The Trainer's estimate is that of the accumulation of the moment.
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if batches == math.inf or epochs in (None, -1):
+        return math.inf
+    return float(sum(math.ceil(batches / scheduler.get_accumulate_grad_batches(epoch)) for epoch in range(epochs)))
+
+
+def facts_of(
+    trainer: Any, lr: float, total_steps: int | Literal["auto"], count_search: bool, first_step: int = 0
+) -> Run:
+    """What a search may know of the run, which began after ``first_step`` steps of the Trainer."""
     batches = trainer.num_training_batches
+    total = _known_total(trainer) - first_step if total_steps == "auto" else total_steps
     return Run(
-        total_steps=_known_total(trainer, total_steps),
+        total_steps=None if total == math.inf else max(1, int(total)),
         lr=lr,
         has_validation=bool(trainer.enable_validation),
         steps_per_epoch=None if batches == math.inf else math.ceil(batches / steps_per_batch(trainer)),

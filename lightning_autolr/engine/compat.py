@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -23,12 +24,25 @@ __all__ = [
     "takes_batch_idx",
     "takes_dataloader_iter",
     "val_loaders",
+    "validates_after",
 ]
 
 
 def logger_step(trainer: Any) -> int:
     """The step at which Lightning logs: batches that stepped, which is not ``global_step`` with several optimizers."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def validates_after(trainer: Any, batch_idx: int) -> bool:
+    """Whether the Trainer may validate after this batch. Not seen: an interval of time as ``val_check_interval``."""
+    loop = trainer.fit_loop.epoch_loop
+    if loop.batch_progress.is_last_batch:
+        return True
+    every = trainer.val_check_batch
+    if not trainer.enable_validation or every in (None, math.inf):
+        return False
+    done = loop.total_batch_idx if trainer.check_val_every_n_epoch is None else batch_idx
+    return bool((done + 1) % every == 0)
 
 
 def combined_loader(trainer: Any) -> Any:

@@ -10,6 +10,7 @@ import os
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -31,7 +32,7 @@ from lightning_autolr.core.requests import (
     encode,
 )
 from lightning_autolr.engine import compat
-from lightning_autolr.engine.checks import check_choice, check_trainer, facts_of
+from lightning_autolr.engine.checks import check_choice, check_trainer, facts_of, steps_made
 from lightning_autolr.engine.conversation import Conversation
 from lightning_autolr.engine.figure_log import FigureLog, log_account, options_of
 from lightning_autolr.engine.files import Place
@@ -42,7 +43,7 @@ from lightning_autolr.engine.progress import Progress
 from lightning_autolr.engine.ranks import decide, gather, strategy_is_distributed
 from lightning_autolr.engine.segment import ActiveSegment
 from lightning_autolr.engine.state import RandomState
-from lightning_autolr.engine.steps import steps_per_batch
+from lightning_autolr.engine.steps import real_loss, steps_per_batch
 from lightning_autolr.report.trace import Entry, Record, account_of, read_leftover, summary_of
 from lightning_autolr.schedules import Segment
 from lightning_autolr.search.base import AbstractSearch
@@ -64,7 +65,7 @@ class SearchCallback(Callback):
             the Trainer's checkpoint I/O plugin.
         on_scheduler: what to do with learning-rate schedulers that the module configured: "override" them with one
             warning, "multiply" with what they do within a stage, or raise an "error".
-        total_steps: optimizer steps of the run; "auto" asks the Trainer.
+        total_steps: optimizer steps from here to the end of the run; "auto" asks the Trainer.
         count_search: count search steps in ``total_steps``: the run then ends when search and training together have
             made that many. For comparisons at equal cost.
         search_callbacks: callbacks of the Trainer that take part in private steps, since they change gradients.
@@ -115,12 +116,15 @@ class SearchCallback(Callback):
         self.allow_untested = allow_untested
         self.figures = figures
         looks_at: Literal["holdout", "validation"] = "holdout" if objective == "holdout" else "validation"
-        self.ratchet = Ratchet(evaluate=looks_at) if ratchet is True else ratchet or None
+        self.ratchet = Ratchet() if ratchet is True else ratchet or None
+        if self.ratchet is not None and self.ratchet.evaluate is None:
+            self.ratchet = replace(self.ratchet, evaluate=looks_at)
+        holds_out = objective == "holdout" or (self.ratchet is not None and self.ratchet.evaluate == "holdout")
         self.probe_options = ProbeOptions(
             monitor=monitor,
             mode=mode,
             eval_batches=eval_batches,
-            holdout_batches=(eval_batches or 4) if objective == "holdout" else 0,
+            holdout_batches=(eval_batches or 4) if holds_out else 0,
             fork=fork,
             seed=seed,
             search_callbacks=tuple(search_callbacks),
@@ -146,7 +150,8 @@ class SearchCallback(Callback):
         if stage != "fit":
             return
         if self.searches:
-            check_trainer(trainer, pl_module, self.objective, self.allow_untested)
+            looks_at = None if self.ratchet is None else self.ratchet.evaluate
+            check_trainer(trainer, pl_module, {self.objective, looks_at}, self.allow_untested)
         # First in line: LearningRateMonitor reads the optimizer when a batch starts, and whoever saves a checkpoint when it
         # ends must find that step counted.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]
@@ -185,10 +190,11 @@ class SearchCallback(Callback):
         self._figures = FigureLog(trainer.loggers, folder) if draws and folder is not None else None
         self._active: ActiveSegment | None = None
         self._kept_at: dict[str, int] = {}
-        self._best_at: dict[str, list[str]] = {}
+        self._best_at: dict[str, dict[str, float]] = {}
         self._back_to: int | None = None
         self._ends_at: int | None = None
         self._warm = not strategy_is_distributed()
+        self._first_step = steps_made(trainer) if state is None else state.get("first_step", 0)
         self._trainer = trainer
         random_state, leftover = (None, []) if state is None else self._resume(state)
         self._conversation = Conversation(trainer.strategy, self._record, self._prober.cost, leftover)
@@ -228,7 +234,7 @@ class SearchCallback(Callback):
         if active is None:
             return
         automatic = pl_module.automatic_optimization
-        loss = outputs.get("loss") if isinstance(outputs, dict) else None
+        loss = real_loss(trainer, outputs)
         if loss is not None:
             # under automatic optimization the loop has divided by the accumulation
             active.add_loss(loss.detach().float().mean() * (trainer.accumulate_grad_batches if automatic else 1))
@@ -237,10 +243,12 @@ class SearchCallback(Callback):
         active.end_step()
         if self._is_at_end():
             trainer.should_stop = True
-        if active.is_due:
+        if active.is_due or (active.is_guarded and compat.validates_after(trainer, batch_idx)):
             status = active.read(trainer.strategy, judge=active.is_guarded)
             if active.is_finished or status is Status.DIVERGED:
                 self._finish(status)
+            if status is Status.DIVERGED:
+                self._next_segment()  # at once: whoever validates or saves after this batch shall not meet broken weights
 
     @override
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -299,6 +307,11 @@ class SearchCallback(Callback):
             raise ValueError(f"Expected num_steps >= 1, got {num_steps=}.")
         if self._trainer is None:
             raise RuntimeError("Expected a training under way, got none: call it between `fit`'s start and end.")
+        if self._total is not None:
+            rank_zero_warn(
+                f"{type(self).__name__} has planned for {self._total} steps and does not anneal anew: the learning rate will "
+                "not be at its end. `finish_in` is for runs of unknown length."
+            )
         self._ends_at = self._trained() + num_steps
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
@@ -318,7 +331,9 @@ class SearchCallback(Callback):
             "active": None if active is None else active.state_dict(),
             "kept_at": dict(self._kept_at),
             "back_to": self._back_to,
+            "best_at": {state: dict(best) for state, best in self._best_at.items()},
             "ends_at": self._ends_at,
+            "first_step": self._first_step,
             "kept": dump_kept(self._trainer, self._prober),
             "lr": self._lr.state_dict(),
             "is_linear": self._prober.is_linear,
@@ -339,7 +354,7 @@ class SearchCallback(Callback):
         if state["active"] is not None:
             self._active = ActiveSegment.from_state_dict(state["active"])
         self._kept_at, self._back_to = dict(state["kept_at"]), state["back_to"]
-        self._ends_at = state["ends_at"]
+        self._best_at, self._ends_at = state.get("best_at", {}), state["ends_at"]
         vars(self._prober.cost).update(state["cost"])
         self._prober.is_linear = state["is_linear"]
         load_kept(trainer, self._prober, state["kept"])
@@ -356,8 +371,13 @@ class SearchCallback(Callback):
 
     def _start_search(self) -> None:
         """Begin the search on rank 0, or bring it to where the trace ends."""
-        run = facts_of(self._trainer, self._lr.reference, self.total_steps, self.count_search)
+        run = facts_of(self._trainer, self._lr.reference, self.total_steps, self.count_search, self._first_step)
         self._total = run.total_steps  # asked for once: the Trainer counts its batches anew each time
+        if self._total is not None and self.searches and self._time_left() is not None:
+            rank_zero_warn(
+                f"{type(self).__name__} plans for {self._total} steps. Should `max_time` end the run earlier, the learning rate "
+                "is not annealed by then: leave `max_steps` and `max_epochs` at -1 to anneal with the time."
+            )
         if self._trainer.is_global_zero:
             search = self.make_search(run)
             if self.ratchet is not None:
@@ -410,22 +430,24 @@ class SearchCallback(Callback):
         for state in train.release:
             self._prober.release(state)
             self._kept_at.pop(state, None)
+            self._best_at.pop(state, None)
         start = None
         if train.keep_start:
             start = f"state-{len(self._record.trace)}"
             self._prober.keep(start)
             self._kept_at[start] = len(self._record.segments)
             self._best_at[start] = _best_checkpoints(self._trainer)
-        self._lr.start_segment()
+        if not train.goes_on:
+            self._lr.start_segment()
         self._active = ActiveSegment(train, start, self._trainer.global_step)
 
     def _go_back(self, state: str) -> None:
         """Undo what was trained since ``state`` was kept."""
-        new = set(_best_checkpoints(self._trainer)) - set(self._best_at.get(state, _best_checkpoints(self._trainer)))
-        if new:
+        best = _best_checkpoints(self._trainer)
+        if new := sorted(path for path, _ in best.items() - self._best_at.get(state, best).items()):
             rank_zero_warn(
                 f"{type(self).__name__} undoes a stage in which a checkpoint was saved as the best one: "
-                f"{', '.join(sorted(new))}. The file stays, and holds weights that training does not go on from."
+                f"{', '.join(new)}. The file stays, and holds weights that training does not go on from."
             )
         self._prober.resume_from(state)
         if state in self._kept_at:
@@ -446,9 +468,14 @@ class SearchCallback(Callback):
             return max(0, self._ends_at - self._trained())
         if self._total is not None:
             return None
-        seconds = [c.time_remaining() for c in self._trainer.callbacks if isinstance(c, Timer)]
+        seconds = self._time_left()
         per_step = (time.perf_counter() - active.begun) / max(1, active.steps_done)
-        return min((int(s / per_step) for s in seconds if s is not None), default=None)
+        return None if seconds is None else int(seconds / per_step)
+
+    def _time_left(self) -> float | None:
+        """Seconds until ``max_time``, if it was given."""
+        seconds = (c.time_remaining() for c in self._trainer.callbacks if isinstance(c, Timer))
+        return min((s for s in seconds if s is not None), default=None)
 
     def _is_at_end(self) -> bool:
         """Whether the run ends here although the Trainer does not know."""
@@ -519,6 +546,8 @@ class SearchCallback(Callback):
             log_account(trainer.loggers, options_of(self), metrics, None if score is None else float(score), step)
 
 
-def _best_checkpoints(trainer: Any) -> list[str]:
+def _best_checkpoints(trainer: Any) -> dict[str, float]:
+    """Their paths and scores: a better one may be written over the last."""
     monitored = [c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None) is not None]
-    return [path for c in monitored if (path := getattr(c, "best_model_path", ""))]
+    found = {getattr(c, "best_model_path", ""): getattr(c, "best_model_score", None) for c in monitored}
+    return {path: float(score) for path, score in found.items() if path and score is not None}

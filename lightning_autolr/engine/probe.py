@@ -295,6 +295,8 @@ class Prober:
             random_state.restore()
             self._sink.dataloader_idx = None
             self._sink.take()
+        if not values:
+            raise ValueError(f"Expected evaluation batches for {request.evaluate!r}, got none of them.")
         sign = -1.0 if self._options.mode == "max" and request.evaluate == "validation" else 1.0
         return [sign * value for value in mean_over_ranks(self._strategy, values)]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_autolr.engine.compat import on_before_batch_transfer, takes_batch_idx, takes_dataloader_iter
 from lightning_autolr.engine.quiet import LogSink
 
-__all__ = ["loss_of", "private_step", "returned_loss", "steps_per_batch", "to_device"]
+__all__ = ["loss_of", "private_step", "real_loss", "returned_loss", "steps_per_batch", "to_device"]
 
 
 def to_device(trainer: Any, batch: Any, dataloader_idx: int = 0) -> Any:
@@ -90,6 +90,15 @@ def loss_of(output: Any, logged: dict[str, Any]) -> Tensor | None:
         loss = next((v for k, v in logged.items() if k in ("loss", "train_loss", "val_loss")), None)
         loss = next((v for k, v in logged.items() if "loss" in k), None) if loss is None else loss
     return torch.as_tensor(loss).detach() if loss is not None and not isinstance(loss, Tensor) else loss
+
+
+def real_loss(trainer: Any, outputs: Any) -> Tensor | None:
+    """The training loss of a real batch, from what ``on_train_batch_end`` is given; see :func:`loss_of`."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+    if loss is None and not trainer.lightning_module.automatic_optimization:
+        logged = trainer.callback_metrics.items()  # also those of the last validation
+        loss = loss_of(None, {name: value for name, value in logged if not name.startswith(("val", "test"))})
+    return loss
 
 
 def returned_loss(output: Any) -> Any:

@@ -17,6 +17,7 @@ __all__ = ["AutoLRS", "Plan"]
 
 _SHORTEST_PROBE = 50  # below, candidates see little but the first plateau of the loss, and like too high a rate
 _COARSE_STEP = 10.0
+_BUDGET = 0.05
 _DRAW = LOOK + 1  # of all candidates
 _MOST_COARSE = 8
 _COARSE_PROBE = (10, 50)  # steps, in runs that are not short
@@ -68,8 +69,8 @@ class AutoLRS(AbstractSearch):
         num_candidates: candidates after the coarse ones, at most, >= 1.
         min_lr: lower bound; None is far below the configured learning rate.
         max_lr: upper bound; None is far above it.
-        search_budget: search steps as a share of the run's, in (0, 1). Short runs take more, since candidates shorter than
-            50 steps are misleading.
+        search_budget: search steps as a share of the run's, at most, in (0, 1). None is a twentieth, and more in runs of less
+            than 5,000 steps (13 % of 1,000), since candidates shorter than 50 steps are misleading.
         coarse_steps: steps of one coarse candidate, >= 0; None is a 500th of the run, from 10 to 50, fewer in runs of less than
             800 steps, and 0 in runs of less than 400. With 0 there are none, and the others begin at the configured learning
             rate.
@@ -92,13 +93,13 @@ class AutoLRS(AbstractSearch):
     num_candidates: int = 4
     min_lr: float | None = None
     max_lr: float | None = None
-    search_budget: float = 0.05
+    search_budget: float | None = None
     coarse_steps: int | None = None
     probe_steps: int | None = None
     step: float = 2.5
     caution: float = 2.0
-    warmup_fraction: float = 0.05
-    anneal_fraction: float = 0.7
+    warmup_fraction: float = 0.1
+    anneal_fraction: float = 0.9
     anneal: Schedule = field(default=Rex())
     evaluate: Literal["validation", "holdout"] = "validation"
     warmup: AutoWU | None = None
@@ -112,8 +113,8 @@ class AutoLRS(AbstractSearch):
                 raise ValueError(f"Expected {name} > 0 or None, got {value!r}.")
         if self.min_lr is not None and self.max_lr is not None and not self.min_lr <= self.max_lr:
             raise ValueError(f"Expected min_lr <= max_lr, got {self.min_lr=} and {self.max_lr=}.")
-        if not 0 < self.search_budget < 1:
-            raise ValueError(f"Expected 0 < search_budget < 1, got {self.search_budget=}.")
+        if self.search_budget is not None and not 0 < self.search_budget < 1:
+            raise ValueError(f"Expected 0 < search_budget < 1 or None, got {self.search_budget=}.")
         if self.probe_steps is not None and self.probe_steps < 1:
             raise ValueError(f"Expected probe_steps >= 1 or None, got {self.probe_steps=}.")
         if self.coarse_steps is not None and self.coarse_steps < 0:
@@ -139,6 +140,8 @@ class AutoLRS(AbstractSearch):
             coarse = self.coarse_steps
         elif length < _SHORT_RUN:
             coarse = 0
+        elif self.search_budget is not None:  # the long candidates get three quarters of it and more
+            coarse = min(coarse, int(self.search_budget * length / (4 * _MOST_COARSE)))
         return Plan(coarse, self._probe_steps(length, _MOST_COARSE * coarse), self.num_candidates)
 
     def _length(self, total_steps: int | None) -> int:
@@ -148,11 +151,16 @@ class AutoLRS(AbstractSearch):
         """Steps of a long candidate when short ones took ``used``."""
         if self.probe_steps is not None:
             return self.probe_steps
-        share = int((self.search_budget * length - used) / self.num_candidates)
-        return max(1, share, min(_SHORTEST_PROBE, length // 40))
+        budget = _BUDGET if self.search_budget is None else self.search_budget
+        share = int((budget * length - used) / self.num_candidates)
+        shortest = min(_SHORTEST_PROBE, length // 40) if self.search_budget is None else 1
+        return max(1, share, shortest)
 
     def describe(self, run: Run) -> str:
         """The plan and its cost."""
+        if self.warmup is not None:
+            searched = replace(self, warmup=None, coarse_steps=0).describe(run)
+            return f"AutoWU finds the warm-up and where to begin; then {searched}"
         plan = self.plan(run.total_steps)
         share = (
             ""
@@ -234,13 +242,15 @@ class AutoLRS(AbstractSearch):
         piece = max(1, self.tau // 10)
         answer: TrainResult = yield Train(lr=peak, num_steps=piece, stop_above=limit, reason=reason)
         while answer.steps_left is None:
-            answer = yield Train(lr=peak, num_steps=piece, stop_above=limit, reason="No end is known: hold.")
+            answer = yield Train(
+                lr=peak, num_steps=piece, stop_above=limit, goes_on=True, reason="No end is known: hold."
+            )
         done, left = 0, answer.steps_left
         while left > 0:  # an estimate: looked at again after each piece
             steps = left if left < 2 * piece else piece
             shape = Shifted(self.anneal.stretched(done + left), done)
             reason = f"The run has {left} steps left: anneal."
-            answer = yield Train(lr=peak, num_steps=steps, shape=shape, stop_above=limit, reason=reason)
+            answer = yield Train(lr=peak, num_steps=steps, shape=shape, stop_above=limit, goes_on=True, reason=reason)
             done += steps
             left = left - steps if answer.steps_left is None else answer.steps_left
 

@@ -37,7 +37,8 @@ LOOK = 0  # the draw of the ratchet's evaluations; searches use the ones after i
 class Ratchet:
     """Looks at the loss of the same evaluation batches now and then, keeps the weights that had the lowest, and goes back.
 
-    It undoes the training since the lowest loss, and divides the learning rate by ``shrink`` for the rest of the segment,
+    It undoes the training since the lowest loss, and divides the learning rate by ``shrink`` until the search decides anew
+    (asks for another learning rate, or has probed),
 
     - at once, when the training diverged, or more than half of all that was gained is lost again, in the looks and in the
       training losses alike (with batch normalisation, looks alone jump when nothing is wrong);
@@ -54,7 +55,8 @@ class Ratchet:
         longest_stage: steps between two looks, at most, and when nobody knows how long the run is; >= 1.
         patience: see above, >= 1.
         shrink: see above, > 1.
-        evaluate: what is looked at: "validation" batches, or training batches held out from probes ("holdout").
+        evaluate: what is looked at: "validation" batches, or training batches held out from probes ("holdout"); None is what
+            the callback scores its candidates by, validation batches where there is nothing to say so.
 
     Raises:
         ValueError: an argument out of its range.
@@ -64,7 +66,7 @@ class Ratchet:
     longest_stage: int = 1000
     patience: int = 5
     shrink: float = 2.0
-    evaluate: Literal["validation", "holdout"] = "validation"
+    evaluate: Literal["validation", "holdout"] | None = None
 
     def __post_init__(self) -> None:
         if self.num_looks < 1 or self.longest_stage < 1 or self.patience < 1 or not self.shrink > 1:
@@ -72,8 +74,8 @@ class Ratchet:
                 f"Expected num_looks, longest_stage and patience >= 1 and shrink > 1, got {self.num_looks=}, "
                 f"{self.longest_stage=}, {self.patience=} and {self.shrink=}."
             )
-        if self.evaluate not in ("validation", "holdout"):
-            raise ValueError(f"Expected evaluate to be 'validation' or 'holdout', got {self.evaluate!r}.")
+        if self.evaluate not in ("validation", "holdout", None):
+            raise ValueError(f"Expected evaluate to be 'validation', 'holdout' or None, got {self.evaluate!r}.")
 
     def stage_steps(self, total_steps: int | None) -> int:
         """Steps between two looks."""
@@ -87,8 +89,8 @@ class Ratchet:
         The search inside learns nothing of it: it is told all losses, also of undone steps. Training that the search itself
         can undo (``keep_start``) and that diverges is its own affair.
         """
-        if self.evaluate == "validation" and not run.has_validation:
-            raise ValueError("Expected validation batches for the ratchet, got none. Use the objective 'holdout'.")
+        if self.evaluate != "holdout" and not run.has_validation:
+            raise ValueError("Expected validation batches for the ratchet, got none. Use Ratchet(evaluate='holdout').")
         watch = _Watch(self, run)
         request = next(requests, None)
         while request is not None:
@@ -153,11 +155,14 @@ class _Watch:
     best: ProbeResult | None = None
     state: str | None = None  # the id of the weights that had the lowest loss ...
     is_new: bool = False  # ... or: these are the present ones, not kept yet
-    go_back: bool = False  # the next real step starts from ``state``
+    go_back: bool = False  # the next real step starts from ``state`` ...
+    why: str = ""  # ... for this reason
     # (loss, median of the training losses before it) since the last undo, below the highest learning rate
     seen: list[tuple[float, float]] = field(default_factory=list)
     since: int = 0  # steps since the last look
     highest_lr: float = 0.0
+    asked_lr: float | None = None  # of the last training
+    scale: float = 1.0  # of that, after undos
     lr: float = 0.0  # of the last step, as the search wanted it ...
     last_lr: float = 0.0  # ... and as it was
     limit: float | None = None
@@ -172,6 +177,7 @@ class _Watch:
             return (yield from self._train(request))
         if self.go_back and request.start is None:  # where the training will go on
             request = replace(request, start=self.state)
+        self.asked_lr = None
         result = yield request
         if self.run.count_search:
             self.left -= private_steps(request, result)
@@ -200,7 +206,9 @@ class _Watch:
             self.state, self.is_new = answer.end, False
         steps = self.left if request.num_steps is None else request.num_steps
         is_whole = steps >= self.left
-        done, scale, reason = 0, 1.0, request.reason
+        if request.lr != self.asked_lr:
+            self.asked_lr, self.scale = request.lr, 1.0
+        done, reason = 0, self.why if self.go_back else request.reason
         losses: list[float] = []
         grad_norms: list[float] = []
         start: str | None = None
@@ -211,13 +219,14 @@ class _Watch:
             inner_start = request.start if done == 0 else None
             answer = yield replace(
                 request,
-                lr=request.lr * scale,
+                lr=request.lr * self.scale,
                 num_steps=piece,
                 shape=_from(request.shape, done),
                 momentum=None if request.momentum is None else _from(request.momentum, done),
                 start=inner_start or (self.state if self.go_back else None),
                 keep_start=keeps or (request.keep_start and done == 0),
                 stop_above=None if is_last else self.limit if request.stop_above is None else request.stop_above,
+                goes_on=request.goes_on or done > 0,
                 stage=request.stage + (done // self.stage_steps if is_whole else 0),
                 reason=reason,
                 release=(*(request.release if done == 0 else ()), *(self._release() if keeps or is_last else ())),
@@ -230,14 +239,15 @@ class _Watch:
             losses += answer.losses
             grad_norms += answer.grad_norms
             self._has_made(request, done, made, answer.losses)
-            self.last_lr = self.lr * scale
+            self.last_lr = self.lr * self.scale
             done += made
             self.is_new = self.go_back = False
             if answer.status is Status.DIVERGED and request.keep_start:
+                self.since = 0
                 return TrainResult(tuple(losses), answer.status, start, tuple(grad_norms), answer.steps_left)
             if answer.status is Status.DIVERGED or self.left == 1 or 0 < self.stage_steps <= self.since:
-                reason = self._judge((yield self._look()) if answer.status is Status.OK else None)
-                scale /= self.ratchet.shrink if self.go_back else 1
+                reason = self.why = self._judge((yield self._look()) if answer.status is Status.OK else None)
+                self.scale /= self.ratchet.shrink if self.go_back else 1
         return TrainResult(tuple(losses), Status.OK, start, tuple(grad_norms), answer.steps_left)
 
     def _piece(self, steps: float) -> int:
@@ -286,7 +296,7 @@ class _Watch:
         return f"{why}: back to the lowest, at 1/{self.ratchet.shrink:g} of the learning rate."
 
     def _look(self) -> Probe:
-        return Probe(lr=1.0, num_steps=0, draw=LOOK, evaluate=self.ratchet.evaluate, label="ratchet")
+        return Probe(lr=1.0, num_steps=0, draw=LOOK, evaluate=self.ratchet.evaluate or "validation", label="ratchet")
 
     def _release(self) -> tuple[str, ...]:
         return () if self.state is None else (self.state,)

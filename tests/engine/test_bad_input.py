@@ -88,7 +88,7 @@ def test_communication_hook(tmp_path: Path) -> None:
     with pytest.raises(
         MisconfigurationException, match="Expected DistributedDataParallel without a communication hook"
     ):
-        check_trainer(trainer, Tiny(), objective="validation", allow_untested=False)
+        check_trainer(trainer, Tiny(), {"validation"}, allow_untested=False)
 
 
 class OneShot:

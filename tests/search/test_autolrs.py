@@ -132,7 +132,7 @@ def test_search_counts_towards_the_total_when_asked() -> None:
 
 def test_the_schedule_is_warm_up_hold_anneal() -> None:
     run = run_toy(AutoLRS(anneal_fraction=0.5, anneal=Cosine()), Quadratic(), total_steps=400)
-    shape = WarmupStableDecay(num_steps=400, num_warmup_steps=0.05, num_decay_steps=0.5, decay=Cosine(), start=0.1)
+    shape = WarmupStableDecay(num_steps=400, num_warmup_steps=0.1, num_decay_steps=0.5, decay=Cosine(), start=0.1)
     assert run.train_lrs == [segments(run)[0].lr * shape(step) for step in range(400)]
 
 
@@ -213,3 +213,17 @@ def test_says_no(wrong: dict[str, float]) -> None:
 def test_needs_validation() -> None:
     with pytest.raises(ValueError, match="holdout"):
         next(AutoLRS().requests(Run(total_steps=10, has_validation=False)))
+
+
+@pytest.mark.parametrize("total", [50, 100, 399, 400, 1000, 3000, 20_000])
+@pytest.mark.parametrize("budget", [0.01, 0.02, 0.1, 0.3])
+def test_a_budget_that_was_asked_for_is_kept(total: int, budget: float) -> None:
+    plan = AutoLRS(search_budget=budget).plan(total)
+    assert plan.search_steps <= max(budget * total, plan.max_probes)
+    assert plan.search_steps > budget * total - plan.max_probes - 1
+
+
+def test_the_plan_says_that_autowu_goes_first() -> None:
+    said = AutoLRS(warmup=AutoWU(min_lr=1e-5, max_lr=1.0)).describe(Run(total_steps=1000))
+    assert said.startswith("AutoWU finds")
+    assert "order of magnitude" not in said

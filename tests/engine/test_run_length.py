@@ -1,0 +1,132 @@
+"""How many steps a search believes the run to have, and what is said when that cannot be kept."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_autolr import AutoLRSCallback, ScheduleCallback
+from lightning_autolr.core.requests import Run
+from lightning_autolr.schedules import Linear
+from lightning_autolr.search.base import AbstractSearch
+from lightning_autolr.search.fixed import Fixed
+from tests.engine.small import fit_tiny, loader
+from tests.engine.test_unknown_end import Lrs
+
+
+class Told(ScheduleCallback):
+    """A linear schedule, and what the search was told of the run."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(Linear(), **options)
+        self.runs: list[Run] = []
+
+    def make_search(self, run: Run) -> AbstractSearch:
+        self.runs.append(run)
+        return Fixed(Linear().stretched(run.total_steps or 10))
+
+
+class Stream(IterableDataset):
+    """Batches without a length."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from loader()
+
+
+def total(folder: Path, *callbacks: Callback, train: Any = None, **options: Any) -> int | None:
+    told = Told()
+    fit_tiny(folder, [told, *callbacks], train=train, **{"max_steps": -1, **options})
+    return told.runs[-1].total_steps
+
+
+def test_epochs_of_unknown_length_have_no_known_end(tmp_path: Path) -> None:
+    stream = DataLoader(Stream(), batch_size=None)
+    assert total(tmp_path, train=stream, max_epochs=2) is None
+    assert total(tmp_path, train=stream, max_epochs=2, max_steps=7) == 7
+    callback, seen = AutoLRSCallback(figures=False), Lrs()
+    fit_tiny(tmp_path, [callback, seen], train=stream, max_steps=-1, max_epochs=2)
+    assert len(set(seen.lrs)) == 1  # held
+    assert seen.lrs[0] > 1e-4
+
+
+def test_an_accumulation_that_changes(tmp_path: Path) -> None:
+    # four batches an epoch: 4 + 2 + 2 + 1 steps
+    assert total(tmp_path, GradientAccumulationScheduler({0: 1, 1: 2, 3: 3}), max_epochs=4) == 4 + 2 + 2 + 2
+    assert total(tmp_path, GradientAccumulationScheduler({0: 1, 1: 2}), max_epochs=4, max_steps=5) == 5
+    seen = Lrs()
+    fit_tiny(tmp_path, [Told(), GradientAccumulationScheduler({1: 4}), seen], max_steps=-1, max_epochs=4)
+    # 4 steps in the first epoch, one in each other; the last step's learning rate is the last of 7
+    assert seen.lrs[-1] == pytest.approx(0.05 / 7)
+
+
+def test_steps_made_before_a_plain_checkpoint_are_gone(tmp_path: Path) -> None:
+    trainer, _ = fit_tiny(tmp_path, [], enable_checkpointing=True, max_steps=4)
+    path = tmp_path / "plain.ckpt"
+    trainer.save_checkpoint(path)
+    told, seen = Told(), Lrs()
+    fit_tiny(tmp_path, [told, seen], max_steps=4)
+    assert told.runs[-1].total_steps == 4
+    told, seen = Told(), Lrs()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _fit_from(tmp_path, path, [told, seen], max_steps=10)
+    assert told.runs[-1].total_steps == 6
+    assert len(seen.lrs) == 6
+    assert seen.lrs[-1] == pytest.approx(0.05 / 6)
+
+
+def test_a_second_fit_has_its_own_steps(tmp_path: Path) -> None:
+    told, seen = Told(), Lrs()
+    trainer, module = fit_tiny(tmp_path, [told, seen], max_steps=4)
+    trainer.fit_loop.epoch_loop.max_steps = 10
+    trainer.fit(module, loader(), loader(12, False))
+    assert [run.total_steps for run in told.runs] == [4, 6]
+    assert seen.lrs[-1] == pytest.approx(seen.lrs[4] / 6)
+
+
+def test_a_resumed_run_is_as_long_as_it_was(tmp_path: Path) -> None:
+    trainer, _ = fit_tiny(tmp_path, [], enable_checkpointing=True, max_steps=4)
+    plain = tmp_path / "plain.ckpt"
+    trainer.save_checkpoint(plain)
+    saver = ModelCheckpoint(tmp_path / "saved", filename="at-{step}", every_n_train_steps=4, save_top_k=-1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, module = _fit_from(tmp_path, plain, [Told(), saver], max_steps=12, enable_checkpointing=True)
+        told = Told()
+        _, resumed = _fit_from(tmp_path, tmp_path / "saved" / "at-step=8.ckpt", [told], max_steps=12)
+    assert told.runs[-1].total_steps == 8  # 4 steps were made before the callback came
+    for a, b in zip(module.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_says_that_time_may_end_a_planned_run(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"plans for 6 steps. Should `max_time`"):
+        fit_tiny(tmp_path, [AutoLRSCallback(figures=False)], max_time=timedelta(hours=1))
+
+
+def test_says_that_an_earlier_end_is_not_annealed(tmp_path: Path) -> None:
+    callback = AutoLRSCallback(figures=False)
+    with pytest.warns(UserWarning, match="planned for 40 steps and does not anneal anew"):
+        fit_tiny(tmp_path, [callback, Lrs(20, lambda: callback.finish_in(5))], max_steps=40)
+    assert sum(s.num_steps for s in callback.schedule) == 25
+
+
+def _fit_from(folder: Path, path: Path, callbacks: list[Callback], **options: Any) -> tuple[Any, Any]:
+    from lightning.pytorch import Trainer, seed_everything
+
+    from tests.engine.small import Tiny
+
+    seed_everything(1, verbose=False)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    settings = {"accelerator": "cpu", "enable_checkpointing": False, **quiet, **options}
+    trainer, module = Trainer(callbacks=callbacks, default_root_dir=folder, **settings), Tiny()
+    trainer.fit(module, loader(shuffle=False), loader(12, False), ckpt_path=path)
+    return trainer, module
