@@ -39,8 +39,8 @@ def picture(run_dir: str) -> Figure:
     left.legend(loc="lower left", fontsize="small")
     assert search.train is not None
     left.axvline(search.train.lr, color=GREEN, linestyle="--")
-    left.annotate("peak of\nthe run", (search.train.lr, 0.8), (-4, 0), ("data", "axes fraction"), "offset points",
-                  color=GREEN, ha="right", va="top")  # fmt: skip
+    left.annotate("peak of\nthe run", (search.train.lr, 0.7), (4, 0), ("data", "axes fraction"), "offset points",
+                  color=GREEN, ha="left", va="top")  # fmt: skip
     left.set(xscale="log", xlabel="learning rate", ylabel="validation loss after a private probe",
              title=f"1. search: {sum(s.steps for s in searches)} private steps")  # fmt: skip
 
