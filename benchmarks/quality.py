@@ -307,12 +307,13 @@ def table(rows: list[dict[str, Any]]) -> str:
                 arms[f"{method}, tuned ({best:g})"] = {r["seed"]: r for r in of if r["lr"] == best}
         schedules = [a for a in arms if ", tuned" in a and BEST not in a]
         shared = set.intersection(*(set(arms[a]) for a in schedules)) if schedules else set()
-        oracle = min(schedules, key=lambda a: np.mean([arms[a][s]["val_loss"] for s in sorted(shared)]), default=None)
+        oracle = min(schedules, key=lambda a: np.mean([arms[a][s]["val_loss"] for s in sorted(shared)]), default="")
         lines += ["", f"### {name}", ""]
         lines += [
-            "| method | seeds | test loss | against the oracle (95 %) | accuracy | search | evaluation batches | sooner |"
+            "| method | seeds | test loss | minus the oracle's (95 %) | autolrs minus it (95 %) | accuracy | search "
+            "| evaluation batches | sooner |"
         ]
-        lines += ["|---|--:|--:|--:|--:|--:|--:|--:|"]
+        lines += ["|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
         target = next((a for a in arms if a.startswith("cosine, tuned")), None)
         for arm in sorted(arms, key=lambda a: np.mean([r["test_loss"] for r in arms[a].values()])):
             runs = list(arms[arm].values())
@@ -321,17 +322,19 @@ def table(rows: list[dict[str, Any]]) -> str:
             share = np.mean([r["search_steps"] for r in runs]) / runs[0]["total_steps"]
             lines.append(
                 f"| {arm}{' (oracle)' if arm == oracle else ''} | {len(loss)} | {np.mean(loss):.4f} ± {spread:.4f} "
-                f"| {_against(arms, arm, oracle)} | {100 * np.mean([r['test_acc'] for r in runs]):.2f} | {share:.0%} "
+                f"| {_difference(arms, arm, oracle)} | {_difference(arms, 'autolrs', arm)} "
+                f"| {100 * np.mean([r['test_acc'] for r in runs]):.2f} | {share:.0%} "
                 f"| {np.mean([r['eval_batches'] for r in runs]):.0f} | {_sooner(arms, arm, target)} |"
             )
     return "\n".join(lines)
 
 
-def _against(arms: dict[str, dict[int, dict[str, Any]]], arm: str, oracle: str | None) -> str:
-    if oracle is None or arm == oracle:
+def _difference(arms: dict[str, dict[int, dict[str, Any]]], arm: str, other: str) -> str:
+    """Of test losses, paired by seed."""
+    seeds = sorted(set(arms.get(arm, {})) & set(arms.get(other, {}))) if other != arm else []
+    differences = np.array([arms[arm][s]["test_loss"] - arms[other][s]["test_loss"] for s in seeds])
+    if not seeds:
         return "-"
-    seeds = sorted(set(arms[arm]) & set(arms[oracle]))
-    differences = np.array([arms[arm][s]["test_loss"] - arms[oracle][s]["test_loss"] for s in seeds])
     if len(seeds) < 3 or np.ptp(differences) == 0:
         return f"{differences.mean():+.4f}"
     interval = bootstrap((differences,), np.mean, method="basic", rng=0).confidence_interval

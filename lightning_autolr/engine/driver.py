@@ -375,8 +375,8 @@ class SearchCallback(Callback):
         self._total = run.total_steps  # asked for once: the Trainer counts its batches anew each time
         if self._total is not None and self.searches and self._time_left() is not None:
             rank_zero_warn(
-                f"{type(self).__name__} plans for {self._total} steps. Should `max_time` end the run earlier, the learning rate "
-                "is not annealed by then: leave `max_steps` and `max_epochs` at -1 to anneal with the time."
+                f"{type(self).__name__} plans for {self._total} steps. Should `max_time` end the run earlier, the learning "
+                "rate is not annealed by then: leave `max_steps` and `max_epochs` at -1 to anneal with the time."
             )
         if self._trainer.is_global_zero:
             search = self.make_search(run)
