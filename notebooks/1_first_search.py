@@ -64,7 +64,7 @@ print(list(figures))
 figures[[name for name in figures if "candidates" in name][-1]]
 
 # %% [markdown]
-# And what came of it: a short warm-up, a hold, an anneal to zero. Segments that were undone, because the validation loss did not
+# And what came of it: a warm-up, then an anneal to zero. Segments that were undone, because the validation loss did not
 # fall any more, are marked.
 
 # %%
