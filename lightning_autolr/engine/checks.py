@@ -50,19 +50,21 @@ def check_trainer(trainer: Any, pl_module: Any, evaluates: Collection[str | None
         )
 
 
+def _counts_per_step(trainer: Any) -> int:
+    """Under manual optimization Lightning counts the steps of each optimizer, where we count batches."""
+    return 1 if trainer.lightning_module.automatic_optimization else max(1, len(trainer.optimizers))
+
+
 def steps_made(trainer: Any) -> int:
     """The steps of the run until now as we count them, also those before a plain checkpoint."""
-    # Lightning counts the steps of each optimizer; we count batches under manual optimization
-    per_step = 1 if trainer.lightning_module.automatic_optimization else max(1, len(trainer.optimizers))
-    return int(trainer.global_step) // per_step
+    return int(trainer.global_step) // _counts_per_step(trainer)
 
 
 def _known_total(trainer: Any) -> float:
     """The steps of the run as we count them; infinite when nobody knows."""
     total = _steps_of_epochs(trainer)
     if trainer.max_steps != -1:
-        per_step = 1 if trainer.lightning_module.automatic_optimization else len(trainer.optimizers)
-        total = min(total, math.ceil(trainer.max_steps / per_step))
+        total = min(total, math.ceil(trainer.max_steps / _counts_per_step(trainer)))
     return total
 
 
@@ -78,9 +80,7 @@ def _steps_of_epochs(trainer: Any) -> float:
     return float(sum(math.ceil(batches / scheduler.get_accumulate_grad_batches(epoch)) for epoch in range(epochs)))
 
 
-def facts_of(
-    trainer: Any, lr: float, total_steps: int | Literal["auto"], count_search: bool, first_step: int = 0
-) -> Run:
+def facts_of(trainer: Any, lr: float, total_steps: int | Literal["auto"], count_search: bool, first_step: int) -> Run:
     """What a search may know of the run, which began after ``first_step`` steps of the Trainer."""
     batches = trainer.num_training_batches
     total = _known_total(trainer) - first_step if total_steps == "auto" else total_steps

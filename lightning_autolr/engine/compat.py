@@ -35,12 +35,11 @@ def logger_step(trainer: Any) -> int:
 
 def validates_after(trainer: Any, batch_idx: int) -> bool:
     """Whether the Trainer may validate after this batch. Not seen: an interval of time as ``val_check_interval``."""
-    loop = trainer.fit_loop.epoch_loop
-    if loop.batch_progress.is_last_batch:
-        return True
-    every = trainer.val_check_batch
-    if not trainer.enable_validation or every in (None, math.inf):
+    loop, every = trainer.fit_loop.epoch_loop, trainer.val_check_batch
+    if not trainer.enable_validation or every is None:
         return False
+    if every == math.inf:  # a stream: at its end
+        return bool(loop.batch_progress.is_last_batch)
     done = loop.total_batch_idx if trainer.check_val_every_n_epoch is None else batch_idx
     return bool((done + 1) % every == 0)
 

@@ -241,13 +241,13 @@ class SearchCallback(Callback):
         if automatic and trainer.global_step == self._step_before:
             return
         active.end_step()
-        if self._is_at_end():
+        if ends := self._is_at_end():
             trainer.should_stop = True
         if active.is_due or (active.is_guarded and compat.validates_after(trainer, batch_idx)):
             status = active.read(trainer.strategy, judge=active.is_guarded)
             if active.is_finished or status is Status.DIVERGED:
                 self._finish(status)
-            if status is Status.DIVERGED:
+            if status is Status.DIVERGED and not ends:
                 self._next_segment()  # at once: whoever validates or saves after this batch shall not meet broken weights
 
     @override

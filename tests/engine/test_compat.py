@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
 from lightning_autolr.engine import compat
-from tests.engine.small import Tiny, loader
+from tests.engine.small import Tiny, fit_tiny, loader
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,32 @@ def test_loops(trainer: Any) -> None:
     assert callable(epoch_loop.val_loop.setup_data)
     assert isinstance(epoch_loop.val_loop._combined_loader, CombinedLoader)
     assert len(compat.val_loaders(trainer)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {4, 8, 12}),
+        ({"check_val_every_n_epoch": 2}, {4, 8, 12}),  # one read too many does no harm
+        ({"val_check_interval": 2}, {2, 4, 6, 8, 10, 12}),
+        ({"val_check_interval": 6, "check_val_every_n_epoch": None}, {6, 12}),
+        ({"limit_val_batches": 0}, set()),
+    ],
+)
+def test_when_it_validates(tmp_path: Path, options: dict[str, Any], expected: set[int]) -> None:
+    class Watch(Callback):
+        told, seen = set[int](), set[int]()
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if compat.validates_after(trainer, batch_idx):
+                self.told.add(trainer.global_step)
+
+        def on_validation_start(self, trainer: Any, module: Any) -> None:
+            self.seen.add(trainer.global_step)
+
+    watch = Watch()
+    fit_tiny(tmp_path, [watch], max_steps=12, num_sanity_val_steps=0, **options)
+    assert watch.told == expected >= watch.seen
 
 
 def test_data_fetcher(trainer: Any) -> None:

@@ -148,26 +148,26 @@ class PerEpoch(Tiny):
         return [optimizer], [{"scheduler": scheduler, "interval": "epoch"}]
 
 
+class Shown(Callback):
+    """The learning rates that whoever looks when a batch starts is shown: the module's scheduler has no say yet."""
+
+    def __init__(self) -> None:
+        self.lrs = list[float]()
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        self.lrs.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
 def test_module_schedulers_go_on_across_looks(tmp_path: Path) -> None:
     lrs = {}
     for ratchet in (False, True):
         callback = ScheduleCallback(Constant(), ratchet=ratchet, on_scheduler="multiply", figures=False)
-        seen = Lrs()
-        fit_tiny(tmp_path, [callback, Shown(seen)], module=PerEpoch(lr=1e-3), max_steps=60)
+        seen = Shown()
+        fit_tiny(tmp_path, [callback, seen], module=PerEpoch(lr=1e-3), max_steps=60)
         lrs[ratchet] = seen.lrs
     assert lrs[True] == lrs[False]
     assert lrs[True][0] == pytest.approx(1e-3)
     assert lrs[True][45] == pytest.approx(1e-5)
-
-
-class Shown(Callback):
-    """Reads the learning rate right after the optimizer was told it."""
-
-    def __init__(self, into: Lrs) -> None:
-        self.into = into
-
-    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
-        self.into.lrs.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
 def test_an_undo_lowers_the_rate_for_good_when_the_end_is_unknown(tmp_path: Path) -> None:

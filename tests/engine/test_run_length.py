@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -18,7 +19,7 @@ from lightning_autolr.core.requests import Run
 from lightning_autolr.schedules import Linear
 from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.fixed import Fixed
-from tests.engine.small import fit_tiny, loader
+from tests.engine.small import Tiny, fit_tiny, loader
 from tests.engine.test_unknown_end import Lrs
 
 
@@ -58,7 +59,7 @@ def test_epochs_of_unknown_length_have_no_known_end(tmp_path: Path) -> None:
 
 
 def test_an_accumulation_that_changes(tmp_path: Path) -> None:
-    # four batches an epoch: 4 + 2 + 2 + 1 steps
+    # four batches an epoch
     assert total(tmp_path, GradientAccumulationScheduler({0: 1, 1: 2, 3: 3}), max_epochs=4) == 4 + 2 + 2 + 2
     assert total(tmp_path, GradientAccumulationScheduler({0: 1, 1: 2}), max_epochs=4, max_steps=5) == 5
     seen = Lrs()
@@ -120,10 +121,6 @@ def test_says_that_an_earlier_end_is_not_annealed(tmp_path: Path) -> None:
 
 
 def _fit_from(folder: Path, path: Path, callbacks: list[Callback], **options: Any) -> tuple[Any, Any]:
-    from lightning.pytorch import Trainer, seed_everything
-
-    from tests.engine.small import Tiny
-
     seed_everything(1, verbose=False)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     settings = {"accelerator": "cpu", "enable_checkpointing": False, **quiet, **options}
