@@ -409,7 +409,8 @@ class Driver:
         state, n = State.stack(states), requests[0].num_steps
         starts = [(q.draw, q.offset) for q in requests]
         losses = self._steps(state, rows, starts, requests, n) if n else torch.zeros(len(rows), 0)
-        evaluated = requests[0].evaluate != "none"
+        kind = requests[0].evaluate
+        evaluated = kind in ("validation", "holdout")
         values = self.task.evaluate(state, rows) if evaluated else torch.zeros(len(rows), 1)
         answers: list[Answer] = []
         for i, (row, request) in enumerate(zip(rows, requests, strict=True)):
@@ -418,8 +419,11 @@ class Driver:
             made, status = _until_diverged(losses[i], request.stop_above)
             self.search[row] += made
             name = self._keep(row, state[[i]]) if request.keep_end else None
+            own = tuple(losses[i, :made].tolist())
             evaluations = (Evaluation(made, tuple(values[i].tolist())),) if evaluated else ()
-            answers.append(ProbeResult(tuple(losses[i, :made].tolist()), evaluations, status, name))
+            if kind == "train":
+                evaluations = (Evaluation.of_training(own),)
+            answers.append(ProbeResult(own, evaluations, status, name))
         return answers
 
     def _train(self, rows: Sequence[int], requests: Sequence[Any]) -> list[Answer]:

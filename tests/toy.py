@@ -173,7 +173,10 @@ class _Toy:
                 status = Status.DIVERGED
                 break
         else:
-            evaluations += self.evaluate(request, state, request.num_steps)
+            if request.evaluate == "train":
+                evaluations.append(Evaluation.of_training(losses))
+            else:
+                evaluations += self.evaluate(request, state, request.num_steps)
         self.release(request.release)
         end = self.keep(state) if request.keep_end else None
         return ProbeResult(losses=tuple(losses), evaluations=tuple(evaluations), status=status, end=end)

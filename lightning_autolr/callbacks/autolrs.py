@@ -34,10 +34,11 @@ class AutoLRSCallback(SearchCallback):
         probe_fraction: "published": steps of a probe as a share of its stage.
         min_lr: lower bound of the learning rate. None: "early" goes as low as it needs, "published" makes a range test first.
         max_lr: upper bound; likewise.
-        objective: "validation" or "holdout" (training batches held out from the probes). "published" forecasts the losses of
-            either, or "train"ing losses, or "auto": training losses until a stage of ``tau_max`` steps was made, validation
-            losses from then on, as the authors' code does.
-        monitor: name of the validation value that scores candidates.
+        objective: what scores a candidate: "validation", "holdout" (training batches held out from the probes), or "train":
+            its own training losses, which with "early" are those of its second half. "published" forecasts them, and has
+            "auto", too: training losses until a stage of ``tau_max`` steps was made, validation losses from then on, as the
+            authors' code does. None is "train" with "early", and "validation" as published.
+        monitor: name of the validation value that the ratchet looks at, and that scores candidates by "validation".
         kappa: "published": weight of the standard deviation in the lower confidence bound; the published value fills the space.
         estimator: "published": "bounded" forecasts, or the "reference" ones of the authors' code.
         warmup_steps: "published": steps before the first stage that rise to ``warmup_lr``, not searched.
@@ -74,7 +75,7 @@ class AutoLRSCallback(SearchCallback):
         probe_fraction: float = 0.1,
         min_lr: float | None = None,
         max_lr: float | None = None,
-        objective: Literal["validation", "holdout", "train", "auto"] = "validation",
+        objective: Literal["validation", "holdout", "train", "auto"] | None = None,
         monitor: str = "val_loss",
         kappa: float = 1e6,
         estimator: Literal["bounded", "reference"] = "bounded",
@@ -93,6 +94,8 @@ class AutoLRSCallback(SearchCallback):
         warmup: Literal["autowu"] | None = None,
         **options: Any,
     ) -> None:
+        if objective is None:
+            objective = "validation" if method == "published" else "train"
         super().__init__(
             objective="validation" if objective == "auto" else objective,
             monitor=monitor,
@@ -106,8 +109,10 @@ class AutoLRSCallback(SearchCallback):
             raise ValueError(f"Expected warmup to be 'autowu' or None, got {warmup!r}.")
         self.search: AbstractSearch
         if method == "early":
-            if objective not in ("validation", "holdout"):
-                raise ValueError(f"Expected objective 'validation' or 'holdout' for method='early', got {objective!r}.")
+            if objective == "auto":
+                raise ValueError(
+                    "Expected objective 'train', 'validation' or 'holdout' for method='early', got 'auto'."
+                )
             self.search = AutoLRS(
                 tau=tau,
                 num_candidates=4 if num_candidates is None else num_candidates,

@@ -10,7 +10,7 @@ All losses are means over ranks. A step is one optimizer step (one batch under m
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
@@ -78,8 +78,9 @@ class Probe:
         shape: factor on ``lr`` at step ``0 ... num_steps - 1`` of this probe.
         start: id of a kept state; None is the state of the real run.
         keep_end: keep the state at the end and answer with its id.
-        evaluate: what to evaluate at the end: the validation batches, training batches held out from the draw, or nothing.
-        evaluate_every: evaluate also after every so many steps.
+        evaluate: what scores it at the end: the validation batches, training batches held out from the draw ("holdout"), the
+            training losses of the second half of its own steps ("train"), which cost nothing, or nothing.
+        evaluate_every: evaluate also after every so many steps; not with "train".
         stop_above: a training loss above this counts as diverged.
         stage: number of the stage, for the trace, figures and progress.
         label: what the user reads in the progress bar.
@@ -93,7 +94,7 @@ class Probe:
     shape: Schedule = field(default=Constant())
     start: str | None = None
     keep_end: bool = False
-    evaluate: Literal["validation", "holdout", "none"] = "validation"
+    evaluate: Literal["validation", "holdout", "train", "none"] = "validation"
     evaluate_every: int | None = None
     stop_above: float | None = None
     stage: int = 0
@@ -109,6 +110,11 @@ class Probe:
         _resolve_shape(self)
         if self.evaluate_every is not None and self.evaluate_every < 1:
             raise ValueError(f"Expected evaluate_every >= 1 or None, got {self.evaluate_every=}.")
+        if self.evaluate == "train" and (self.num_steps == 0 or self.evaluate_every is not None):
+            raise ValueError(
+                f"Expected steps, and no evaluate_every, with evaluate='train', got {self.num_steps=} and "
+                f"{self.evaluate_every=}."
+            )
 
 
 @dataclass(frozen=True)
@@ -189,7 +195,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The losses of the evaluation batches, one each, after ``step`` steps of the probe."""
+    """The losses of the evaluation batches, one each, after ``step`` steps of the probe; or those of its later steps."""
 
     step: int
     losses: tuple[float, ...]
@@ -197,6 +203,23 @@ class Evaluation:
     @property
     def mean(self) -> float:
         return math.fsum(self.losses) / len(self.losses) if self.losses else math.nan
+
+    @classmethod
+    def of_training(cls, losses: Sequence[float]) -> Evaluation:
+        """The training losses of the second half of the steps: ``evaluate="train"``.
+
+        Raises:
+            ValueError: there are none.
+
+        >>> Evaluation.of_training([4.0, 3.0, 2.0, 1.0])
+        Evaluation(step=4, losses=(2.0, 1.0))
+        """
+        if not losses:
+            raise ValueError(
+                "Expected training losses to score a candidate by, got none: `training_step` neither returns a loss nor logs "
+                "one. Do either, or use `objective='validation'`."
+            )
+        return cls(len(losses), tuple(losses[len(losses) // 2 :]))
 
 
 @dataclass(frozen=True)

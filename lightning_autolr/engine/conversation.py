@@ -89,7 +89,8 @@ class Conversation:
             if same_place and entry.request == request:
                 self._cost.steps = max(self._cost.steps, entry.search_steps - self._cost.steps_undone)
                 self._cost.seconds += entry.seconds
-                if isinstance(entry.answer, ProbeResult):
+                made_no_passes = isinstance(request, Probe) and request.evaluate == "train"
+                if isinstance(entry.answer, ProbeResult) and not made_no_passes:
                     self._cost.eval_batches += sum(len(evaluation.losses) for evaluation in entry.answer.evaluations)
                 return entry.answer
         return None

@@ -235,7 +235,9 @@ class Prober:
             self.release(state)
         if request.keep_end:
             self.keep(new_id)
-        if status is Status.OK and request.evaluate != "none":
+        if status is Status.OK and request.evaluate == "train":
+            evaluations.append(Evaluation.of_training(losses))
+        elif status is Status.OK and request.evaluate != "none":
             status = self._survives(score, request.num_steps, self._evaluate, request)
         made = self.cost.steps - steps_before
         return ProbeResult(

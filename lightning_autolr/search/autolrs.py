@@ -49,11 +49,12 @@ class AutoLRS(AbstractSearch):
     r"""One search for the peak, then a warm-up and a slow anneal to zero.
 
     1. **Search early.** Before the first step, candidates are trained privately on the same batches with their learning rate
-       going linearly to zero, and scored by their loss on the same evaluation batches. Short, coarse ones find the order of
-       magnitude: from the configured learning rate on, in factors of ten. From a little below the best of them, few long
-       ones climb in factors of ``step`` until the best is bracketed, then a Gaussian process refines it; it stops when no
-       candidate is expected to gain more than the evaluation's noise. The shorter a candidate, the higher the learning rate
-       that it likes, so the budget goes to the long ones.
+       going linearly to zero, and scored by the training losses of the second half of their steps: that costs nothing, and
+       is steadier than one validation at their end. Short, coarse ones find the order of magnitude: from the configured
+       learning rate on, in factors of ten. From a little below the best of them, few long ones climb in factors of ``step``
+       until the best is bracketed, then a Gaussian process refines it; it stops when no candidate is expected to gain more
+       than the scores' noise. The shorter a candidate, the higher the learning rate that it likes, so the budget goes to the
+       long ones.
     2. **No later searches.** Short probes taken later only ever say "lower" (short-horizon bias, Wu et al. 2018, arXiv
        1803.02021). The peak is the best candidate divided by ``caution``, since a run is longer than a probe. After a warm-up
        it goes to zero over the last ``anneal_fraction`` of the run, by default along REX, which stays high for long.
@@ -81,7 +82,8 @@ class AutoLRS(AbstractSearch):
         warmup_fraction: share of the run that goes linearly up to the peak, in [0, 1).
         anneal_fraction: share of the run at its end that goes to zero, in (0, 1].
         anneal: shape of the end, open in its number of steps.
-        evaluate: "validation" batches, or training batches held out from the probes ("holdout").
+        evaluate: what scores a candidate: its own "train"ing losses, the "validation" batches, or training batches held out
+            from the probes ("holdout").
         warmup: a search for the warm-up that goes first; the candidates then stay in the range that it found, and the
             warm-up of ``warmup_fraction`` is left out.
 
@@ -101,7 +103,7 @@ class AutoLRS(AbstractSearch):
     warmup_fraction: float = 0.1
     anneal_fraction: float = 0.9
     anneal: Schedule = field(default=Rex())
-    evaluate: Literal["validation", "holdout"] = "validation"
+    evaluate: Literal["train", "validation", "holdout"] = "train"
     warmup: AutoWU | None = None
 
     def __post_init__(self) -> None:
@@ -189,7 +191,7 @@ class AutoLRS(AbstractSearch):
             return
         plan = self.plan(run.total_steps)
         if self.evaluate == "validation" and not run.has_validation:
-            raise ValueError("Expected validation batches, got none. Use evaluate='holdout'.")
+            raise ValueError("Expected validation batches, got none. Use evaluate='train' or 'holdout'.")
         short = self._ladder(run.lr, _COARSE_STEP, _MOST_COARSE)
         if plan.coarse_steps:
             yield from self._try(short, run.lr, plan.coarse_steps, _MOST_COARSE, "coarse candidate")

@@ -211,8 +211,8 @@ def test_says_no(wrong: dict[str, float]) -> None:
 
 
 def test_needs_validation() -> None:
-    with pytest.raises(ValueError, match="holdout"):
-        next(AutoLRS().requests(Run(total_steps=10, has_validation=False)))
+    with pytest.raises(ValueError, match="'train' or 'holdout'"):
+        next(AutoLRS(evaluate="validation").requests(Run(total_steps=10, has_validation=False)))
 
 
 @pytest.mark.parametrize("total", [50, 100, 399, 400, 1000, 3000, 20_000])
