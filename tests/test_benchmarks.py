@@ -16,6 +16,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 @pytest.mark.parametrize(
     ("command", "needs", "expected"),
     [
+        ("candidates.py --short", "sklearn", "| digits | 8 |"),
         ("autowu_switch.py --seeds 1 --total-steps 200", "torch", "| noise alone |"),
         ("beam_and_factors.py --short", "sklearn", "| 0.001 | scores shuffled (control) |"),
         ("decision_cost.py --short", "torch", "| 3 | disk | False | 4 | 0.00 |"),

@@ -41,7 +41,8 @@ def check_trainer(trainer: Any, pl_module: Any, evaluates: Collection[str | None
         raise MisconfigurationException(
             "Expected a `validation_step`, a validation dataloader and `limit_val_batches > 0` for "
             "`objective='validation'` or a ratchet that looks at it, got none. Add them, or pass `objective='holdout'` "
-            "(training batches held out from the probes) or 'train', or `ratchet=Ratchet(evaluate='holdout')`."
+            "(training batches held out from the probes), or `objective='train'` without a ratchet or with "
+            "`ratchet=Ratchet(evaluate='holdout')`."
         )
     if "holdout" in evaluates and not pl_module.automatic_optimization:
         raise MisconfigurationException(

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lightning_autolr.callbacks.schedule import ScheduleCallback
-from lightning_autolr.core.requests import Probe, Requests, Run, Train
+from lightning_autolr.core.requests import Probe, ProbeResult, Requests, Run, Train
 from lightning_autolr.report.trace import read_trace
 from lightning_autolr.schedules import Cosine, Linear, Tabulated
 from lightning_autolr.search.base import AbstractSearch, ReplayError
@@ -83,13 +83,14 @@ class Plan(AbstractSearch):
 
     lrs: tuple[float, ...] = (0.2, 0.05)
     undo: bool = True
+    evaluate: str = "validation"
 
     def requests(self, run: Run) -> Requests:
         start = None
         for stage in range(3):
             scores = {}
             for lr in self.lrs:
-                answer = yield Probe(lr, 3, draw=stage, stage=stage)
+                answer = yield Probe(lr, 3, draw=stage, stage=stage, evaluate=self.evaluate)
                 scores[lr] = answer.loss
             best = min(scores, key=scores.__getitem__)
             trained = yield Train(best, 5, Linear(num_steps=9), keep_start=self.undo and stage == 1, stage=stage)
@@ -168,6 +169,14 @@ def test_killed_in_a_search(
     assert COUNTER.steps == total - 11 - 3 * finished  # no finished probe is made again
     assert [(e.request, e.answer) for e in resumed.trace] == [(e.request, e.answer) for e in callback.trace]
     assert resumed.summary["search_steps"] == callback.summary["search_steps"]
+
+
+def test_own_training_losses_cost_nothing_when_found_again(tmp_path: Path) -> None:
+    run(tmp_path, Search(Plan(evaluate="train")), kill_at=17)
+    resumed = Search(Plan(evaluate="train"))
+    resume(tmp_path, resumed)
+    assert any(entry.answer.evaluations for entry in resumed.trace if isinstance(entry.answer, ProbeResult))
+    assert resumed.summary["eval_batches"] == 0
 
 
 def test_killed_twice_in_one_search(whole: tuple[dict[str, Any], Search, int], tmp_path: Path) -> None:

@@ -1,0 +1,74 @@
+"""What scores a candidate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_autolr import AutoLRSCallback
+from lightning_autolr.core.requests import Evaluation, Probe, ProbeResult
+from lightning_autolr.engine.driver import SearchCallback
+from tests.engine.small import Stages, Tiny, fit_tiny
+from tests.engine.subjects import Search
+
+
+def probes(callback: SearchCallback) -> list[tuple[Probe, ProbeResult]]:
+    return [
+        (entry.request, entry.answer)
+        for entry in callback.trace
+        if isinstance(entry.request, Probe) and isinstance(entry.answer, ProbeResult)
+    ]
+
+
+@pytest.mark.parametrize("evaluate", ["train", "validation"])
+def test_training_losses_cost_nothing(tmp_path: Path, evaluate: Any) -> None:
+    callback = Search(Stages(evaluate=evaluate, probe_steps=5), objective=evaluate)
+    fit_tiny(tmp_path, [callback])
+    assert probes(callback)
+    for _, answer in probes(callback):
+        (evaluation,) = answer.evaluations
+        assert (evaluation == Evaluation(5, answer.losses[2:])) is (evaluate == "train")
+    assert (callback.summary["eval_batches"] == 0) is (evaluate == "train")
+
+
+@pytest.mark.parametrize(
+    ("options", "objective"),
+    [({}, "train"), ({"objective": "validation"}, "validation"), ({"method": "published"}, "validation")],
+)
+def test_what_autolrs_asks_for(tmp_path: Path, options: dict[str, Any], objective: str) -> None:
+    callback = AutoLRSCallback(figures=False, tau=20, min_lr=1e-3, max_lr=0.1, **options)
+    assert callback.objective == objective
+    fit_tiny(tmp_path, [callback], max_steps=100)
+    early = "method" not in options
+    tried = {request.evaluate for request, _ in probes(callback) if request.num_steps}
+    looks = {request.evaluate for request, _ in probes(callback) if not request.num_steps}
+    assert tried == {objective}
+    assert looks == ({"validation"} if early else set())
+
+
+class Silent(Tiny):
+    """Manual optimization that neither returns nor logs a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+def test_without_a_training_loss(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`training_step` neither returns a loss nor logs one"):
+        fit_tiny(tmp_path, [AutoLRSCallback(figures=False)], Silent(), max_steps=100)
+    fit_tiny(tmp_path, [AutoLRSCallback(figures=False, objective="validation")], Silent(), max_steps=100)
+
+
+@pytest.mark.parametrize("wrong", [{"num_steps": 0}, {"num_steps": 4, "evaluate_every": 2}])
+def test_a_probe_says_no(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="Expected steps, and no evaluate_every, with evaluate='train'"):
+        Probe(lr=0.1, evaluate="train", **wrong)
