@@ -41,7 +41,7 @@ def picture(run_dir: str) -> Figure:
     left.axvline(search.train.lr, color=GREEN, linestyle="--")
     left.annotate("peak of\nthe run", (search.train.lr, 0.7), (4, 0), ("data", "axes fraction"), "offset points",
                   color=GREEN, ha="left", va="top")  # fmt: skip
-    left.set(xscale="log", xlabel="learning rate", ylabel="validation loss after a private probe",
+    left.set(xscale="log", xlabel="learning rate", ylabel="training loss, second half of a probe",
              title=f"1. search: {sum(s.steps for s in searches)} private steps")  # fmt: skip
 
     for piece in run.pieces:

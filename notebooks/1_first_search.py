@@ -51,12 +51,12 @@ trainer.fit(model, DigitsData())
 
 # %% [markdown]
 # What did it try? Each candidate was trained privately, on the same batches, with its learning rate going to zero, and scored
-# on the validation data. Then everything was put back, bit for bit.
+# by the training losses of the second half of its steps. Then everything was put back, bit for bit.
 
 # %%
 for entry in callback.trace:
     if entry.request.label.startswith("candidate"):
-        print(f"lr {entry.request.lr:8.4f}   {entry.request.num_steps} steps   validation loss {entry.answer.loss:.3f}")
+        print(f"lr {entry.request.lr:8.4f}   {entry.request.num_steps} steps   loss {entry.answer.loss:.3f}")
 
 # %%
 figures = figures_of(callback.trace, callback.schedule)

@@ -50,7 +50,7 @@ tried = [(e.request.lr, e.answer) for e in callback.trace if e.request.label.sta
 # %% [markdown]
 # ## Paired noise
 #
-# Each evaluation has one loss per batch. Taken alone their spread is large; the spread of the *differences* to the best
+# Each score has one loss per batch. Taken alone their spread is large; the spread of the *differences* to the best
 # candidate is what the decision rests on.
 
 # %%
@@ -81,7 +81,7 @@ axes.fill_between(grid, mean - 2 * std, mean + 2 * std, alpha=0.2, label="two st
 axes.plot(grid, mean, label="posterior mean")
 axes.plot(*zip(*[(lr, a.loss) for lr, a in finite]), "o", label="candidates")
 axes.axvline(callback.schedule[0].lr, color="black", linestyle=":", label="chosen")
-axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss")
+axes.set(xscale="log", xlabel="learning rate", ylabel="training loss, second half of a probe")
 axes.legend()
 plt.show()
 

@@ -296,6 +296,17 @@ def test_probes_with_evaluations() -> None:
     assert axes.get_ylim()[1] < 10  # the loss of the one that diverged is 2e30
 
 
+@pytest.mark.parametrize(
+    ("evaluate", "name"),
+    [("train", "mean training loss, second half"), ("validation", "loss on the evaluation batches")],
+)
+def test_figures_say_what_scored_the_candidates(evaluate: Any, name: str) -> None:
+    trace, _ = recorded(AutoLRS(evaluate=evaluate, coarse_steps=0), off_centre(), 100, lr=0.01)
+    figure = probes_figure(candidates(trace))
+    assert name in [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert candidates_figure(candidates(trace)).axes[0].get_ylabel().replace("\n", " ") == name
+
+
 def test_range_test_shows_every_climb_and_the_interval() -> None:
     trace, _ = recorded(RangeTest(1e-4, 8.0, 60, repeats=2), noisy_quadratic())
     suggestion = range_suggestion(searches_of(trace)[0])

@@ -134,9 +134,7 @@ def _score_name(search: Search) -> str:
     """What the candidates were judged by."""
     if search.horizon is not None:
         return f"loss forecast to step {search.horizon:,}"
-    if any(c.evaluations for c in search.candidates):
-        return "loss on the evaluation batches"
-    return "mean training loss"
+    return search.evaluated_by or "mean training loss"
 
 
 def _limit_scores(axes: Axes, finite: Sequence[Candidate], heights: Sequence[float], failed: bool) -> None:

@@ -72,11 +72,10 @@ def probes_figure(search: Search) -> Figure:
             -0.35, search.train.lr, ">", color=RED, markersize=8, clip_on=False, transform=bar.ax.get_yaxis_transform()
         )
     figure.suptitle(f"search at step {search.step:,}: probes of {longest:,} steps", fontsize=9)
-    evaluated = any(c.evaluations for c in search.candidates)
     add_legend(
         figure,
         ("training loss, running mean", line_key("0.4")),
-        ("loss on the evaluation batches", line_key("0.4", "o", markeredgecolor="black")) if evaluated else None,
+        (search.evaluated_by, line_key("0.4", "o", markeredgecolor="black")) if search.evaluated_by else None,
         (f"forecast to step {search.horizon:,}", line_key("0.4", "D", linestyle="--", markeredgecolor="black"))
         if forecasts
         else None,

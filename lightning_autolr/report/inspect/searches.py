@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from lightning_autolr.core.forecast import Forecast
-from lightning_autolr.core.requests import Evaluation, Status, Train, private_steps
+from lightning_autolr.core.requests import Evaluation, Probe, Status, Train, private_steps
 from lightning_autolr.report.trace import Entry
 from lightning_autolr.schedules import Segment
 
@@ -27,12 +27,12 @@ class Candidate:
         lr: learning rate (of a range test: the largest one that was reached).
         score: what it was judged by, lower is better: the loss of its evaluation, its forecast, its mean training loss, or
             the loss at its point of a line probe; inf when it diverged.
-        stderr: standard error of the paired difference to the best candidate, over the evaluation batches; None for the
-            best one itself, and where there are no pairs.
+        stderr: standard error of the paired difference to the best candidate, over the evaluation batches (or
+            its own); None for the best one itself, and where there are no pairs.
         steps: private steps it took.
         status: how it ended.
         losses: training loss before each of its steps.
-        evaluations: losses on the evaluation batches, after some of its steps.
+        evaluations: losses on the evaluation batches, after some of its steps, or those of the second half of its own.
         forecast: the curve that was fitted to its losses, where the score is a forecast.
         start: id of the state it started from; None is the real run's.
         end: id of the state at its end, when it was kept.
@@ -83,6 +83,14 @@ class Search:
     def steps(self) -> int:
         """Private steps, those of probes that were made twice included."""
         return sum(steps_of(entry) for entry in self.entries)
+
+    @property
+    def evaluated_by(self) -> str:
+        """What the evaluations of the candidates are, for figures; empty where there are none."""
+        if not any(candidate.evaluations for candidate in self.candidates):
+            return ""
+        own = any(isinstance(entry.request, Probe) and entry.request.evaluate == "train" for entry in self.entries)
+        return "mean training loss, second half" if own else "loss on the evaluation batches"
 
     @property
     def seconds(self) -> float:
