@@ -37,7 +37,8 @@ class AutoLRSCallback(SearchCallback):
         objective: what scores a candidate: "validation", "holdout" (training batches held out from the probes), or "train":
             its own training losses, which with "early" are those of its second half. "published" forecasts them, and has
             "auto", too: training losses until a stage of ``tau_max`` steps was made, validation losses from then on, as the
-            authors' code does. None is "train" with "early", and "validation" as published.
+            authors' code does. None is "validation" as published; with "early" it is "train" for candidates of ten steps and
+            more, and "validation" for shorter ones, as in runs of less than 400 steps.
         monitor: name of the validation value that the ratchet looks at, and that scores candidates by "validation".
         kappa: "published": weight of the standard deviation in the lower confidence bound; the published value fills the space.
         estimator: "published": "bounded" forecasts, or the "reference" ones of the authors' code.
@@ -94,10 +95,9 @@ class AutoLRSCallback(SearchCallback):
         warmup: Literal["autowu"] | None = None,
         **options: Any,
     ) -> None:
-        if objective is None:
-            objective = "validation" if method == "published" else "train"
+        signal = objective or ("validation" if method == "published" else "train")
         super().__init__(
-            objective="validation" if objective == "auto" else objective,
+            objective="validation" if signal == "auto" else signal,
             monitor=monitor,
             fork=fork,
             on_scheduler=on_scheduler,
@@ -135,7 +135,7 @@ class AutoLRSCallback(SearchCallback):
                 num_candidates=10 if num_candidates is None else num_candidates,
                 probe_fraction=probe_fraction,
                 kappa=kappa,
-                objective=objective,
+                objective=signal,
                 estimator=estimator,
                 warmup_steps=warmup_steps,
                 warmup_lr=warmup_lr,

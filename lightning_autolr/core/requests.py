@@ -110,9 +110,9 @@ class Probe:
         _resolve_shape(self)
         if self.evaluate_every is not None and self.evaluate_every < 1:
             raise ValueError(f"Expected evaluate_every >= 1 or None, got {self.evaluate_every=}.")
-        if self.evaluate == "train" and (self.num_steps == 0 or self.evaluate_every is not None):
-            raise ValueError(
-                f"Expected steps, and no evaluate_every, with evaluate='train', got {self.num_steps=} and "
+        if self.evaluate == "train" and (self.num_steps < 2 or self.evaluate_every is not None):
+            raise ValueError(  # the loss before the first step knows nothing of the learning rate
+                f"Expected two steps or more, and no evaluate_every, with evaluate='train', got {self.num_steps=} and "
                 f"{self.evaluate_every=}."
             )
 

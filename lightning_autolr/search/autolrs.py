@@ -21,6 +21,8 @@ _BUDGET = 0.05
 _DRAW = LOOK + 1  # of all candidates
 _MOST_COARSE = 8
 _COARSE_PROBE = (10, 50)  # steps, in runs that are not short
+_FEWEST = 2  # steps of a candidate that is scored by its training losses: the first one comes before any step
+_STEADY = 10  # steps of a candidate: below, the training losses of its second half are too few
 _SHORT_RUN = 400  # steps: below, coarse candidates would be too short to tell orders of magnitude from noise
 
 
@@ -83,7 +85,8 @@ class AutoLRS(AbstractSearch):
         anneal_fraction: share of the run at its end that goes to zero, in (0, 1].
         anneal: shape of the end, open in its number of steps.
         evaluate: what scores a candidate: its own "train"ing losses, the "validation" batches, or training batches held out
-            from the probes ("holdout").
+            from the probes ("holdout"). None is "train", and "validation" for candidates of less than ten steps, as in short
+            runs.
         warmup: a search for the warm-up that goes first; the candidates then stay in the range that it found, and the
             warm-up of ``warmup_fraction`` is left out.
 
@@ -103,7 +106,7 @@ class AutoLRS(AbstractSearch):
     warmup_fraction: float = 0.1
     anneal_fraction: float = 0.9
     anneal: Schedule = field(default=Rex())
-    evaluate: Literal["train", "validation", "holdout"] = "train"
+    evaluate: Literal["train", "validation", "holdout"] | None = None
     warmup: AutoWU | None = None
 
     def __post_init__(self) -> None:
@@ -119,6 +122,8 @@ class AutoLRS(AbstractSearch):
             raise ValueError(f"Expected 0 < search_budget < 1 or None, got {self.search_budget=}.")
         if self.probe_steps is not None and self.probe_steps < 1:
             raise ValueError(f"Expected probe_steps >= 1 or None, got {self.probe_steps=}.")
+        if self.evaluate == "train" and 1 in (self.probe_steps, self.coarse_steps):
+            raise ValueError(f"Expected candidates of {_FEWEST} steps or more with evaluate='train', got {self!r}.")
         if self.coarse_steps is not None and self.coarse_steps < 0:
             raise ValueError(f"Expected coarse_steps >= 0 or None, got {self.coarse_steps=}.")
         if not (0 <= self.warmup_fraction < 1 and 0 < self.anneal_fraction <= 1):
@@ -156,7 +161,7 @@ class AutoLRS(AbstractSearch):
         budget = _BUDGET if self.search_budget is None else self.search_budget
         share = int((budget * length - used) / self.num_candidates)
         shortest = min(_SHORTEST_PROBE, length // 40) if self.search_budget is None else 1
-        return max(1, share, shortest)
+        return max(_FEWEST if self.evaluate == "train" else 1, share, shortest)
 
     def describe(self, run: Run) -> str:
         """The plan and its cost."""
@@ -189,9 +194,12 @@ class AutoLRS(AbstractSearch):
             rest = replace(self, warmup=None, warmup_fraction=0.0, coarse_steps=0, min_lr=low, max_lr=high)
             yield from rest.requests(replace(run, total_steps=left, lr=warm.lr))
             return
-        plan = self.plan(run.total_steps)
         if self.evaluate == "validation" and not run.has_validation:
             raise ValueError("Expected validation batches, got none. Use evaluate='train' or 'holdout'.")
+        if self.evaluate is None and not run.has_validation:
+            yield from replace(self, evaluate="train").requests(run)
+            return
+        plan = self.plan(run.total_steps)
         short = self._ladder(run.lr, _COARSE_STEP, _MOST_COARSE)
         if plan.coarse_steps:
             yield from self._try(short, run.lr, plan.coarse_steps, _MOST_COARSE, "coarse candidate")
@@ -230,7 +238,7 @@ class AutoLRS(AbstractSearch):
                 num_steps=num_steps,
                 draw=_DRAW,
                 shape=Linear(),
-                evaluate=self.evaluate,
+                evaluate=self.evaluate or ("train" if num_steps >= _STEADY else "validation"),
                 stop_above=ladder.limit,
                 label=f"{name} {len(ladder.results) + 1} of at most {most}, lr {lr:.2g}{note}",
             )

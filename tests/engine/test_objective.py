@@ -40,7 +40,7 @@ def test_training_losses_cost_nothing(tmp_path: Path, evaluate: Any) -> None:
 def test_what_autolrs_asks_for(tmp_path: Path, options: dict[str, Any], objective: str) -> None:
     callback = AutoLRSCallback(figures=False, tau=20, min_lr=1e-3, max_lr=0.1, **options)
     assert callback.objective == objective
-    fit_tiny(tmp_path, [callback], max_steps=100)
+    fit_tiny(tmp_path, [callback], max_steps=800)
     early = "method" not in options
     tried = {request.evaluate for request, _ in probes(callback) if request.num_steps}
     looks = {request.evaluate for request, _ in probes(callback) if not request.num_steps}
@@ -64,11 +64,11 @@ class Silent(Tiny):
 
 def test_without_a_training_loss(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`training_step` neither returns a loss nor logs one"):
-        fit_tiny(tmp_path, [AutoLRSCallback(figures=False)], Silent(), max_steps=100)
+        fit_tiny(tmp_path, [AutoLRSCallback(figures=False)], Silent(), max_steps=400)
     fit_tiny(tmp_path, [AutoLRSCallback(figures=False, objective="validation")], Silent(), max_steps=100)
 
 
-@pytest.mark.parametrize("wrong", [{"num_steps": 0}, {"num_steps": 4, "evaluate_every": 2}])
+@pytest.mark.parametrize("wrong", [{"num_steps": 1}, {"num_steps": 4, "evaluate_every": 2}])
 def test_a_probe_says_no(wrong: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="Expected steps, and no evaluate_every, with evaluate='train'"):
+    with pytest.raises(ValueError, match="Expected two steps or more, and no evaluate_every, with evaluate='train'"):
         Probe(lr=0.1, evaluate="train", **wrong)

@@ -215,6 +215,28 @@ def test_needs_validation() -> None:
         next(AutoLRS(evaluate="validation").requests(Run(total_steps=10, has_validation=False)))
 
 
+@pytest.mark.parametrize(
+    ("total", "has_validation"), [(40, True), (40, False), (390, True), (400, False), (1000, True)]
+)
+def test_what_scores_candidates(total: int, has_validation: bool) -> None:
+    """Their training losses, of ten steps at least where there is another choice; never of one, which knows no rate."""
+    run = run_toy(AutoLRS(), Quadratic(), total_steps=total, has_validation=has_validation)
+    for request, answer in probes(run):
+        own = request.num_steps >= 10 or not has_validation
+        assert request.evaluate == ("train" if own else "validation")
+        assert request.num_steps >= (2 if own else 1)
+        if own and answer.status is Status.OK:
+            assert answer.evaluations == (Evaluation.of_training(answer.losses),)
+    assert 0.05 < segments(run)[0].lr < 2.0  # 1.0 is best, 0.1 configured
+
+
+def test_one_step_has_no_training_loss_to_score() -> None:
+    for name in ("probe_steps", "coarse_steps"):
+        with pytest.raises(ValueError, match="Expected candidates of 2 steps or more with evaluate='train'"):
+            AutoLRS(evaluate="train", **{name: 1})
+        assert AutoLRS(**{name: 1}).plan(1000)
+
+
 @pytest.mark.parametrize("total", [50, 100, 399, 400, 1000, 3000, 20_000])
 @pytest.mark.parametrize("budget", [0.01, 0.02, 0.1, 0.3])
 def test_a_budget_that_was_asked_for_is_kept(total: int, budget: float) -> None:
