@@ -149,6 +149,8 @@ class AutoLRS(AbstractSearch):
             coarse = 0
         elif self.search_budget is not None:  # the long candidates get three quarters of it and more
             coarse = min(coarse, int(self.search_budget * length / (4 * _MOST_COARSE)))
+            if self.evaluate == "train" and coarse < _FEWEST:
+                coarse = 0
         return Plan(coarse, self._probe_steps(length, _MOST_COARSE * coarse), self.num_candidates)
 
     def _length(self, total_steps: int | None) -> int:
@@ -168,6 +170,8 @@ class AutoLRS(AbstractSearch):
         if self.warmup is not None:
             searched = replace(self, warmup=None, coarse_steps=0).describe(run)
             return f"AutoWU finds the warm-up and where to begin; then {searched}"
+        if self.evaluate is None and not run.has_validation:
+            return replace(self, evaluate="train").describe(run)
         plan = self.plan(run.total_steps)
         share = (
             ""

@@ -230,6 +230,19 @@ def test_what_scores_candidates(total: int, has_validation: bool) -> None:
     assert 0.05 < segments(run)[0].lr < 2.0  # 1.0 is best, 0.1 configured
 
 
+@pytest.mark.parametrize("total", [40, 400, 700, 1000])
+def test_a_small_budget_without_validation(total: int) -> None:
+    search = AutoLRS(search_budget=0.05)
+    run = run_toy(search, Quadratic(), total_steps=total, has_validation=False)
+    assert all(request.evaluate == "train" for request, _ in probes(run))
+    assert min(request.num_steps for request, _ in probes(run)) >= 2
+
+
+def test_the_plan_without_validation_is_the_one_that_is_made() -> None:
+    assert "at most 4 of 1 " in AutoLRS().describe(Run(40))
+    assert "at most 4 of 2 " in AutoLRS().describe(Run(40, has_validation=False))
+
+
 def test_one_step_has_no_training_loss_to_score() -> None:
     for name in ("probe_steps", "coarse_steps"):
         with pytest.raises(ValueError, match="Expected candidates of 2 steps or more with evaluate='train'"):
