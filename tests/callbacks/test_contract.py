@@ -39,6 +39,7 @@ CASES = {
     "autolrs": row("AutoLRSCallback", tau=20, num_candidates=3, min_lr=1e-3, max_lr=0.3),
     "autolrs, bounds unknown": row("AutoLRSCallback"),
     "autolrs, validation": row("AutoLRSCallback", objective="validation", num_candidates=3),
+    "autolrs, training losses": row("AutoLRSCallback", objective="train", num_candidates=3),
     "autolrs, holdout": row("AutoLRSCallback", objective="holdout", num_candidates=3),
     "autolrs, published": row(
         "AutoLRSCallback",
