@@ -170,9 +170,7 @@ class AutoLRS(AbstractSearch):
         if self.warmup is not None:
             searched = replace(self, warmup=None, coarse_steps=0).describe(run)
             return f"AutoWU finds the warm-up and where to begin; then {searched}"
-        if self.evaluate is None and not run.has_validation:
-            return replace(self, evaluate="train").describe(run)
-        plan = self.plan(run.total_steps)
+        plan = self._scored(run).plan(run.total_steps)
         share = (
             ""
             if run.total_steps is None
@@ -200,8 +198,8 @@ class AutoLRS(AbstractSearch):
             return
         if self.evaluate == "validation" and not run.has_validation:
             raise ValueError("Expected validation batches, got none. Use evaluate='train' or 'holdout'.")
-        if self.evaluate is None and not run.has_validation:
-            yield from replace(self, evaluate="train").requests(run)
+        if (scored := self._scored(run)) != self:
+            yield from scored.requests(run)
             return
         plan = self.plan(run.total_steps)
         short = self._ladder(run.lr, _COARSE_STEP, _MOST_COARSE)
@@ -220,6 +218,10 @@ class AutoLRS(AbstractSearch):
             searched = short.num_steps + long.num_steps if run.count_search else 0
             left = max(1, run.total_steps - searched)
             yield Train(lr, left, self._shape(left), stop_above=limit, reason=reason)
+
+    def _scored(self, run: Run) -> AutoLRS:
+        """Without validation batches, short candidates too are scored by their training losses."""
+        return self if self.evaluate or run.has_validation else replace(self, evaluate="train")
 
     def _ladder(
         self, start: float, step: float, most: int, limit: float | None = None, widen_after: int | None = None
