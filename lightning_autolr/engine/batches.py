@@ -11,6 +11,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,7 @@ class Draws:
         self._used: dict[int, int] = {}
         self._starts: dict[int, int] = {}
         self._current: tuple[int, _Batches] | None = None
+        self._copies: dict[int, Any] = {}
 
     def note(self, draw: int, num_batches: int) -> None:
         """Remember how far a draw may be read, so that later draws of an ordered stream begin after it.
@@ -96,10 +98,13 @@ class Draws:
     def _one_pass(self, draw: int, number: int, skip: int) -> Iterator[Any]:
         """One run through the cloned loader."""
         seed = mix(self._seed, draw, number)
+        if number == 0:
+            self._copies.clear()
+        clone = partial(_clone, seed=seed, draw=draw, skip=0 if number else skip, copies=self._copies)
         if self._loader is not None:
-            return iter(_clone(self._loader, seed, draw, skip if number == 0 else 0, self._trainer))
+            return iter(clone(self._loader))
         combined = compat.combined_loader(self._trainer)
-        clones = [_clone(leaf, seed, draw, skip if number == 0 else 0, self._trainer) for leaf in combined.flattened]
+        clones = [clone(leaf) for leaf in combined.flattened]
         batches = (batch for batch, _, _ in iter(compat.clone_combined(combined, clones)))
         return _first(batches, self._trainer.num_training_batches)
 
@@ -149,14 +154,16 @@ class _Batches:
                 return batch
 
     def _passes(self) -> Iterator[Any]:
+        nothing_before = False
         for number in itertools.count():
-            empty = True
+            nothing = True
             for batch in self._one_pass(number):
-                empty = False
+                nothing = False
                 if batch is not None:
                     yield batch
-            if empty and number:  # the first pass of a stream may be over before it begins, when it is entered late
+            if nothing and nothing_before:  # one pass may be over before it begins, when it is entered at its end
                 raise ValueError("Expected the training loader to yield batches for probes, got none.")
+            nothing_before = nothing
 
 
 def _num_bytes(batch: Any) -> int:
@@ -178,7 +185,7 @@ def validation_batches(trainer: Any, count: int | None, loaders: list[Any], seed
         return [
             (batch, i, number)
             for number, loader in enumerate(loaders)
-            for i, batch in enumerate(_first(_clone(loader, mix(seed), 0, 0, trainer), counts[number]))
+            for i, batch in enumerate(_first(_clone(loader, mix(seed), 0, 0, {}), counts[number]))
         ]
 
     batches: list[tuple[Any, int, int]] = randomness.run(load)
@@ -214,19 +221,27 @@ def _leaves(batch: Any) -> Iterator[Any]:
         yield batch
 
 
-def _clone(loader: Any, seed: int, draw: int, skip: int, trainer: Any) -> Iterable[Any]:
-    """A loader on the same data with its own iterator, samplers and generators."""
+def _clone(loader: Any, seed: int, draw: int, skip: int, copies: dict[int, Any]) -> Iterable[Any]:
+    """A loader on the same data with its own iterator, samplers and generators.
+
+    Where a stream or a loader of the user's own stands may be an attribute of it, so it is copied, into ``copies``. The passes
+    of one draw share the copy: the first one may begin where the real run stands, near its end.
+    """
     if not isinstance(loader, DataLoader):
-        again: Iterable[Any] = loader
-        if iter(again) is again:
+        try:
+            again: Any = None if iter(loader) is loader else copies.setdefault(id(loader), copy.copy(loader))
+        except TypeError:
+            again = None
+        if again is None:
             raise ValueError(
-                f"Expected a loader that can be iterated twice, got {type(loader).__name__}, which is its own iterator. "
+                f"Expected a loader that can be copied and iterated again, got {type(loader).__name__}, which cannot. "
                 "Pass `probe_dataloader=` with batches for the probes."
             )
-        return again
+        return again  # type: ignore[no-any-return]
     clone = compat.clone_loader(loader)
     if isinstance(loader.dataset, IterableDataset):
-        compat.set_in_loader(clone, dataset=copy.copy(loader.dataset), generator=_generator(seed))
+        stream = copies.setdefault(id(loader.dataset), copy.copy(loader.dataset))
+        compat.set_in_loader(clone, dataset=stream, generator=_generator(seed))
         return itertools.islice(clone, skip, None) if skip else clone
     # Sampler chains are copied whole, less the data that they point to.
     batch_sampler: Any

@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from lightning_autolr.engine.batches import own_batch
 from lightning_autolr.engine.compat import takes_batch_idx
 from lightning_autolr.engine.quiet import LogSink
-from lightning_autolr.engine.steps import loss_of, returned_loss, to_device
+from lightning_autolr.engine.steps import loss_of, returned_loss, to_device, training_step
 
 __all__ = ["evaluate", "evaluate_training_batches"]
 
@@ -81,14 +81,11 @@ def evaluate_training_batches(
     Raises:
         ValueError: ``training_step`` gave no loss.
     """
-    module = trainer.lightning_module
     if not training:
-        module.eval()
-    takes_idx = takes_batch_idx(module.training_step)
+        trainer.lightning_module.eval()
     losses = []
     for idx, raw in enumerate(batches):
-        batch = to_device(trainer, raw)
-        output = trainer.strategy.training_step(batch, *((idx,) if takes_idx else ()))
+        output = training_step(trainer, to_device(trainer, raw), idx)
         if (loss := loss_of(output, sink.take())) is None:
             raise ValueError("Expected `training_step` to return a loss or to log one, got neither.")
         losses.append(loss.float().mean())

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_autolr.engine.compat import on_before_batch_transfer, takes_batch_idx, takes_dataloader_iter
 from lightning_autolr.engine.quiet import LogSink
 
-__all__ = ["loss_of", "private_step", "real_loss", "returned_loss", "steps_per_batch", "to_device"]
+__all__ = ["loss_of", "private_step", "real_loss", "returned_loss", "steps_per_batch", "to_device", "training_step"]
 
 
 def to_device(trainer: Any, batch: Any, dataloader_idx: int = 0) -> Any:
@@ -42,7 +42,7 @@ def private_step(trainer: Any, batches: Sequence[Any], first_idx: int, sink: Log
         losses = _automatic(trainer, batches, first_idx, sink)
     else:
         module.on_train_batch_start(batches[0], first_idx)
-        output = trainer.strategy.training_step(*_arguments(trainer, batches[0], first_idx))
+        output = training_step(trainer, batches[0], first_idx)
         losses = [loss_of(output, sink.take())]
         module.on_train_batch_end(_as_outputs(output), batches[0], first_idx)
     found = [loss.detach().float().mean() for loss in losses if loss is not None]
@@ -58,7 +58,7 @@ def _automatic(trainer: Any, batches: Sequence[Any], first_idx: int, sink: LogSi
 
     def micro_step(offset: int) -> Tensor | None:
         nonlocal outputs
-        output = strategy.training_step(*_arguments(trainer, batches[offset], first_idx + offset))
+        output = training_step(trainer, batches[offset], first_idx + offset)
         loss = loss_of(output, sink.take())
         losses.append(None if loss is None else loss.detach().clone())
         if offset == 0:
@@ -112,8 +112,9 @@ def _as_outputs(output: Any, accumulated: int = 1) -> dict[str, Any]:
     return outputs if loss is None else {**outputs, "loss": loss.detach() / accumulated}
 
 
-def _arguments(trainer: Any, batch: Any, batch_idx: int) -> tuple[Any, ...]:
-    """What ``training_step`` is called with: (dataloader_iter,), (batch,) or (batch, batch_idx)."""
+def training_step(trainer: Any, batch: Any, batch_idx: int) -> Any:
+    """What ``training_step`` gives for a batch; it takes (dataloader_iter,), (batch,) or (batch, batch_idx)."""
     if takes_dataloader_iter(trainer):
-        return (iter([(batch, batch_idx, 0)]),)
-    return (batch, batch_idx) if takes_batch_idx(trainer.lightning_module.training_step) else (batch,)
+        return trainer.strategy.training_step(iter([(batch, batch_idx, 0)]))
+    takes_idx = takes_batch_idx(trainer.lightning_module.training_step)
+    return trainer.strategy.training_step(batch, *((batch_idx,) if takes_idx else ()))

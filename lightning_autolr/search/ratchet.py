@@ -247,6 +247,8 @@ class _Watch:
                 return TrainResult(tuple(losses), answer.status, start, tuple(grad_norms), answer.steps_left)
             if answer.status is Status.DIVERGED or self.left == 1 or 0 < self.stage_steps <= self.since:
                 reason = self.why = self._judge((yield self._look()) if answer.status is Status.OK else None)
+                if self.left <= 1 and self.go_back and self.state is not None:
+                    self.go_back = yield from self._kept_is_lower()
                 self.scale /= self.ratchet.shrink if self.go_back else 1
         return TrainResult(tuple(losses), Status.OK, start, tuple(grad_norms), answer.steps_left)
 
@@ -296,7 +298,15 @@ class _Watch:
         return f"{why}: back to the lowest, at 1/{self.ratchet.shrink:g} of the learning rate."
 
     def _look(self) -> Probe:
-        return Probe(lr=1.0, num_steps=0, draw=LOOK, evaluate=self.ratchet.evaluate or "validation", label="ratchet")
+        evaluate = self.ratchet.evaluate or "validation"
+        return Probe(lr=1.0, num_steps=0, draw=LOOK, evaluate=evaluate, update_bn=True, label="ratchet")
+
+    def _kept_is_lower(self) -> Generator[Request, Any, bool]:
+        """Whether the kept weights have the lower loss as they are: the run may end with their running statistics."""
+        as_it_is = replace(self._look(), update_bn=False)
+        kept = yield replace(as_it_is, start=self.state)
+        now = yield as_it_is
+        return bool(kept.loss < now.loss)
 
     def _release(self) -> tuple[str, ...]:
         return () if self.state is None else (self.state,)

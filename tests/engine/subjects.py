@@ -58,6 +58,23 @@ class Stream(IterableDataset):
             self.position += 1
 
 
+class Positioned:
+    """A loader of somebody's own, whose iterators share its position."""
+
+    def __init__(self) -> None:
+        self.loader, self.position = DataLoader(NoisyData(), batch_size=6), 0
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Any:
+        batches = list(self.loader)
+        self.position %= len(batches)
+        while self.position < len(batches):
+            self.position += 1
+            yield batches[self.position - 1]
+
+
 @dataclass
 class Options:
     """A row of the table."""
@@ -75,6 +92,7 @@ class Options:
     loader: dict[str, Any] = field(default_factory=dict)
     stream: bool = False
     combined: bool = False
+    own_loader: bool = False
     precision_plugin: Any = None
     search: dict[str, Any] = field(default_factory=dict)
 
@@ -254,13 +272,13 @@ class Scripted(AbstractSearch):
                 half = yield Probe(lr, 2, draw=stage, keep_end=True, stage=stage, evaluate="none")
                 rest = yield Probe(
                     lr, 2, draw=stage, offset=2, start=half.end, shape=self.shape, release=(half.end,),
-                    evaluate=self.evaluate, stage=stage,
+                    evaluate=self.evaluate, update_bn=stage < 2, stage=stage,
                 )  # fmt: skip
                 scores[lr] = rest.loss
             best = min(scores, key=scores.__getitem__)
             trained = yield Train(best, self.num_steps, self.shape, keep_start=self.undo, stage=stage)
             if self.undo and stage == 1:
-                again = yield Probe(best, 0, evaluate=self.evaluate)
+                again = yield Probe(best, 0, evaluate=self.evaluate, update_bn=True)
                 assert again.evaluations
                 yield Train(best / 3, self.num_steps, start=trained.start, release=(trained.start,), stage=stage)
             elif self.undo:
@@ -282,6 +300,8 @@ def loaders(options: Options) -> tuple[Any, Any]:
     settings: dict[str, Any] = {"batch_size": 6, "shuffle": True, **options.loader}
     if options.stream:
         return DataLoader(Stream(), batch_size=6), DataLoader(NoisyData(18, jitter=False), batch_size=6)
+    if options.own_loader:
+        return Positioned(), DataLoader(NoisyData(18, jitter=False), batch_size=6)
     if settings.get("generator"):
         settings["generator"] = torch.Generator().manual_seed(7)
     train: Any = DataLoader(NoisyData(), **settings)

@@ -105,7 +105,7 @@ class OneShot:
 
 
 def test_loader_that_is_its_own_iterator(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Expected a loader that can be iterated twice, got OneShot"):
+    with pytest.raises(ValueError, match="Expected a loader that can be copied and iterated again, got OneShot"):
         fit_tiny(tmp_path, [Search(Stages())], train=OneShot())
     trainer, _ = fit_tiny(tmp_path, [Search(Stages(), probe_dataloader=loader())], train=OneShot())
     assert trainer.global_step == 6

@@ -61,6 +61,7 @@ TABLE = {
     "late validation": Options(trainer={"check_val_every_n_epoch": 2, "val_check_interval": 1.0}),
     "stream": Options(stream=True),
     "combined": Options(combined=True),
+    "own loader": Options(own_loader=True),
     "dataloader_iter": Options(dataloader_iter=True),
     "compiled": Options(compiled=True),
     "compiled step": Options("adamw", manual=True, compiled_step=True, tensor_lr=True),

@@ -26,21 +26,26 @@ from tests.zoo import Problem, Quadratic, noisy_quadratic, off_centre
 class Curve:
     """Answers a search with made-up validation losses: one for each look of the ratchet.
 
-    Training losses are those of the next look, unless others are given.
+    Training losses are those of the next look, unless others are given. With the running statistics that training left, kept
+    weights have a loss that is higher by ``lag``.
     """
 
     looks: list[float]
     diverge_at: int | None = None
     training: list[float] | None = None
+    lag: float = 0.0
 
     def run(self, search: AbstractSearch, total: int) -> list[tuple[Train, int]]:
         requests = search.requests(Run(total_steps=total, lr=0.1))
         request, trained, look, kept = next(requests), [], 0, 0
         self.trace = []
+        kept_losses: dict[str, float] = {}
         try:
             while True:
                 if isinstance(request, Train):
                     kept += request.keep_start
+                    if request.keep_start:
+                        kept_losses[f"s{kept}"] = self.looks[min(look, len(self.looks)) - 1]
                     diverged = self.diverge_at == len(trained)
                     training = self.looks if self.training is None else self.training
                     answer = TrainResult(
@@ -50,8 +55,11 @@ class Curve:
                     )
                     trained.append((request, look))
                 elif request.num_steps == 0:
-                    loss = self.looks[min(look, len(self.looks) - 1)]
-                    look += 1
+                    if request.update_bn:
+                        look += 1
+                    loss = self.looks[min(look, len(self.looks)) - 1]
+                    if request.start is not None:
+                        loss = kept_losses[request.start] + self.lag
                     answer = ProbeResult(evaluations=(Evaluation(0, (loss - 0.01, loss + 0.01)),))
                 else:
                     score = abs(math.log(request.lr))
@@ -109,6 +117,12 @@ def test_the_run_ends_on_its_best_weights() -> None:
     assert last.start is not None
     assert last.num_steps == 1
     assert not any(q.start for q, _ in trained[:-1])
+
+
+def test_the_end_compares_weights_as_they_are() -> None:
+    losses = [2 - 0.04 * i for i in range(40)] + [0.9]
+    assert Curve(losses, lag=0.45).run(FALLING, 400)[-1][0].start is not None  # 0.44 + 0.45 < 0.9
+    assert Curve(losses, lag=0.47).run(FALLING, 400)[-1][0].start is None
 
 
 def test_a_blow_up_is_undone_at_once_even_at_the_highest_rate() -> None:

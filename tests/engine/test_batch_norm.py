@@ -1,0 +1,131 @@
+"""Evaluating with running statistics that are taken anew."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import update_bn
+
+from lightning_autolr.core.requests import Probe, ProbeResult, Requests, Run, Train
+from lightning_autolr.search.base import AbstractSearch
+from tests.engine.small import Tiny, fit_tiny, loader
+from tests.engine.subjects import Search
+
+LR = 2.0  # high: the running means lag behind
+
+
+@dataclass(frozen=True)
+class Looks(AbstractSearch):
+    """After some training, the same weights are evaluated with and without new statistics."""
+
+    train_steps: int = 3
+
+    def requests(self, run: Run) -> Requests:
+        yield Train(LR, self.train_steps)
+        for anew in (False, True, False):
+            yield Probe(LR, 0, update_bn=anew)
+        yield Train(LR, None)
+
+
+class Remember(Callback):
+    """The module after three steps."""
+
+    module: Any = None
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+        if trainer.global_step == 3:
+            self.module = copy.deepcopy(module.net if hasattr(module, "net") else module)
+
+
+class Norms(Tiny):
+    """Two layers of it, one behind the other."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=LR)
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8))
+
+    def loss(self, batch: Any) -> Tensor:
+        return cross_entropy(self.net(batch[0])[:, :3], batch[1])
+
+
+def looks(folder: Path, module: Any, *callbacks: Callback, train: Any = None) -> tuple[list[float], Search]:
+    callback = Search(Looks())
+    fit_tiny(folder, [callback, *callbacks], module, train)
+    return [e.answer.loss for e in callback.trace if isinstance(e.answer, ProbeResult)], callback
+
+
+def test_is_what_torch_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_autolr.engine.probe.NUM_BATCHES", 4)  # one epoch
+    (before, updated, after), callback = looks(tmp_path, Norms(), remember := Remember(), train=loader(24, False))
+    assert before == after
+    net = remember.module
+
+    @torch.no_grad()
+    def loss() -> float:
+        return float(sum(cross_entropy(net.eval()(x)[:, :3], y) for x, y in loader(12, False)) / 2)
+
+    assert loss() == pytest.approx(before, rel=1e-5)
+    net.train()
+    update_bn(loader(24, False), net)
+    assert loss() == pytest.approx(updated, rel=1e-5)
+    assert abs(updated - before) > 0.05
+    assert callback.summary["eval_batches"] == 3 * 6 + 4
+
+
+def test_frozen_layers_and_manual_optimization_stay_as_they_are(tmp_path: Path) -> None:
+    class Frozen(Norms):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.net[1].eval()
+            self.net[4].eval()
+            return super().training_step(batch, batch_idx)
+
+    class Manual(Norms):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            optimizer: Any = self.optimizers()
+            optimizer.zero_grad()
+            loss = self.loss(batch)
+            self.manual_backward(loss)
+            optimizer.step()
+            return loss
+
+    for number, module in enumerate((Frozen(), Manual())):
+        found, _ = looks(tmp_path / str(number), module)
+        assert len(set(found)) == 1
+
+
+def test_without_batch_norm_nothing_is_read(tmp_path: Path) -> None:
+    class Plain(Tiny):
+        def loss(self, batch: Any) -> Tensor:
+            return cross_entropy(self.layer(batch[0]), batch[1])
+
+        def __init__(self) -> None:
+            super().__init__(lr=LR)
+            self.norm = nn.LayerNorm(8)  # type: ignore[assignment]
+
+    found, callback = looks(tmp_path, Plain())
+    assert len(set(found)) == 1
+    assert callback.summary["eval_batches"] % 3 == 0
+
+
+def test_a_training_step_that_needs_gradients(tmp_path: Path) -> None:
+    class Penalty(Norms):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x = batch[0].requires_grad_()
+            loss = cross_entropy(self.net(x)[:, :3], batch[1])
+            (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+            return loss + slope.square().sum()
+
+    found, _ = looks(tmp_path, Penalty())
+    assert found[1] != found[0]
