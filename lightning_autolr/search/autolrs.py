@@ -15,7 +15,8 @@ from lightning_autolr.search.ratchet import LOOK
 
 __all__ = ["AutoLRS", "Plan"]
 
-_SHORTEST_PROBE = 50  # below, candidates see little but the first plateau of the loss, and like too high a rate
+_SHORTEST_PROBE = 50  # below, candidates see little but the first plateau of the loss, and like too high a rate ...
+_SHORT_PROBE = 10  # ... but a short run has no more than this for one
 _COARSE_STEP = 10.0
 _BUDGET = 0.05
 _DRAW = LOOK + 1  # of all candidates
@@ -23,7 +24,7 @@ _MOST_COARSE = 8
 _COARSE_PROBE = (10, 50)  # steps, in runs that are not short
 _FEWEST = 2  # steps of a candidate that is scored by its training losses: the first one comes before any step
 _STEADY = 10  # steps of a candidate: below, the training losses of its second half are too few
-_SHORT_RUN = 400  # steps: below, coarse candidates would be too short to tell orders of magnitude from noise
+_SHORT_RUN = 400  # steps: below, there is one ladder only, in factors of ten
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,10 @@ class AutoLRS(AbstractSearch):
         min_lr: lower bound; None is far below the configured learning rate.
         max_lr: upper bound; None is far above it.
         search_budget: search steps as a share of the run's, at most, in (0, 1). None is a twentieth, and more in runs of less
-            than 5,000 steps (13 % of 1,000), since candidates shorter than 50 steps are misleading.
+            than 5,000 steps (13 % of 1,000, a quarter of 160), since candidates shorter than 50 steps are misleading.
         coarse_steps: steps of one coarse candidate, >= 0; None is a 500th of the run, from 10 to 50, fewer in runs of less than
-            800 steps, and 0 in runs of less than 400. With 0 there are none, and the others begin at the configured learning
-            rate.
+            800 steps. In runs of less than 400 the long candidates are coarse ones, too: they begin at the configured learning
+            rate and climb in factors of ten. With 0 there are no coarse ones.
         probe_steps: steps of one of the others; None divides among them what is left of the budget.
         step: ratio of their neighbours while the best is not bracketed, > 1.
         caution: what the best candidate's learning rate is divided by, >= 1: a run is longer than a probe, and longer runs want
@@ -145,13 +146,17 @@ class AutoLRS(AbstractSearch):
         coarse = min(longest, max(length // 500, min(shortest, length // 80)))
         if self.coarse_steps is not None:
             coarse = self.coarse_steps
-        elif length < _SHORT_RUN:
+        elif self._is_short(length):
             coarse = 0
         elif self.search_budget is not None:  # the long candidates get three quarters of it and more
             coarse = min(coarse, int(self.search_budget * length / (4 * _MOST_COARSE)))
             if self.evaluate == "train" and coarse < _FEWEST:
                 coarse = 0
         return Plan(coarse, self._probe_steps(length, _MOST_COARSE * coarse), self.num_candidates)
+
+    def _is_short(self, length: int) -> bool:
+        """Whether one ladder has to find the order of magnitude, and the peak too."""
+        return length < _SHORT_RUN and self.coarse_steps is None
 
     def _length(self, total_steps: int | None) -> int:
         return 10 * self.tau if total_steps is None else total_steps
@@ -163,6 +168,8 @@ class AutoLRS(AbstractSearch):
         budget = _BUDGET if self.search_budget is None else self.search_budget
         share = int((budget * length - used) / self.num_candidates)
         shortest = min(_SHORTEST_PROBE, length // 40) if self.search_budget is None else 1
+        if self._is_short(length) and self.search_budget is None:
+            shortest = min(_SHORT_PROBE, length // 16)
         return max(_FEWEST if self.evaluate == "train" else 1, share, shortest)
 
     def describe(self, run: Run) -> str:
@@ -206,7 +213,10 @@ class AutoLRS(AbstractSearch):
         if plan.coarse_steps:
             yield from self._try(short, run.lr, plan.coarse_steps, _MOST_COARSE, "coarse candidate")
         start = short.best / self.step if short.results else run.lr  # longer candidates like lower rates: begin below
-        long = self._ladder(start, self.step, self.num_candidates, short.limit, widen_after=3)
+        if self._is_short(self._length(run.total_steps)):
+            long = self._ladder(start, _COARSE_STEP, self.num_candidates)
+        else:
+            long = self._ladder(start, self.step, self.num_candidates, short.limit, widen_after=3)
         length = self._probe_steps(self._length(run.total_steps), len(short.results) * plan.coarse_steps)
         yield from self._try(long, start, length, self.num_candidates, "candidate", refines=True)
         best, reason = long.choose(start)

@@ -54,12 +54,19 @@ class Ladder:
         return min(sorted(self.results), key=lambda lr: self.results[lr].loss)
 
     def climb(self) -> float | None:
-        """The next neighbour, or None when the best candidate is bracketed (or stands at a bound)."""
+        """The next neighbour, or None when the best candidate is bracketed (or stands at a bound).
+
+        Upwards it goes until a candidate is worse than the best one by more than the noise: while a network does not learn yet,
+        all low rates look alike. Downwards it goes only from one that is better than its neighbour by more than that.
+        """
         lrs, best = sorted(self.results), self.best
         step = self.step if self.widen_after is None or len(lrs) < self.widen_after else self.step**2
-        up = self.clip(best * step) if best == lrs[-1] and math.isfinite(self.results[best].loss) else best
-        down = self.clip(best / step) if best == lrs[0] else best
-        return next((lr for lr in (up, down) if lr != best), None)
+        up = self.clip(lrs[-1] * step)
+        if up > lrs[-1] and self._is_no_worse(lrs[-1]):
+            return up
+        down = self.clip(best / step)
+        goes_down = best == lrs[0] and (len(lrs) == 1 or not self._is_no_worse(lrs[1]))
+        return down if goes_down and down < best else None
 
     def refine(self) -> Suggestion | None:
         """A candidate in the bracket that is expected to gain more than the noise, or None."""
@@ -86,6 +93,14 @@ class Ladder:
         except FitError as error:
             return best, f"The best of {len(self.results)} candidates, as the surrogate failed ({error}):"
         return lrs[int(np.argmin(mean))], f"The minimum expected from {len(self.results)} candidates:"
+
+    def _is_no_worse(self, lr: float) -> bool:
+        """Than the best one, by more than two standard errors of the paired differences."""
+        if not math.isfinite(self.results[lr].loss):
+            return False
+        best = self.results[self.best]
+        mean, error = paired(best, self.results[lr])
+        return mean <= min(2 * error, abs(best.loss))  # losses on their way to infinity differ greatly among themselves
 
     def _bracket(self) -> list[float] | None:
         """The best candidate with its neighbours; None when it has not got two."""

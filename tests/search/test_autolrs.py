@@ -14,7 +14,7 @@ from lightning_autolr.core.requests import Evaluation, Probe, ProbeResult, Run, 
 from lightning_autolr.core.surrogate import Suggestion
 from lightning_autolr.schedules import Cosine, WarmupStableDecay
 from lightning_autolr.search import ladder as ladder_module
-from lightning_autolr.search.autolrs import AutoLRS
+from lightning_autolr.search.autolrs import AutoLRS, Plan
 from lightning_autolr.search.autowu import AutoWU
 from lightning_autolr.search.base import replay
 from lightning_autolr.search.ladder import Ladder
@@ -85,13 +85,45 @@ def test_a_fallback_of_the_surrogate_is_named(monkeypatch: pytest.MonkeyPatch) -
     assert [q.lr for q, _ in probes(run) if "(the fit failed)" in q.label] == [0.3]
 
 
-def test_short_runs_stay_near_the_configured_rate() -> None:
-    """Coarse candidates of two or three steps would choose among orders of magnitude by noise."""
-    assert AutoLRS().plan(399).coarse_steps == 0
-    assert AutoLRS().plan(400).coarse_steps == 5
+def test_short_runs_have_one_ladder_in_factors_of_ten() -> None:
+    assert AutoLRS().plan(399) == Plan(0, 10, 4)
+    assert AutoLRS().plan(160).probe_steps == 10
+    assert AutoLRS().plan(60).probe_steps == 3
+    assert AutoLRS().plan(400) == Plan(5, 10, 4)
     assert AutoLRS(coarse_steps=7).plan(200).coarse_steps == 7
-    run = run_toy(AutoLRS(), noisy_quadratic(), total_steps=200, lr=0.1)
-    assert all(0.1 / 2.5**5 < q.lr < 0.1 * 2.5**5 for q, _ in probes(run))
+    run = run_toy(AutoLRS(), noisy_quadratic(), total_steps=200, lr=1e-3)
+    assert [q.lr for q, _ in probes(run)] == pytest.approx([1e-3, 1e-2, 1e-1, 1.0])
+    assert segments(run)[0].lr > 0.03
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+def test_while_nothing_is_learnt_the_ladder_climbs(noise: float) -> None:
+    """On a plateau low rates differ by noise; none of them is better for that, least of all one that trains nothing."""
+
+    def add(ladder: Ladder, lr: float, loss: float) -> None:
+        jitter = (noise * (-1) ** len(ladder.results), -2 * noise * (-1) ** len(ladder.results), noise)
+        ladder.add(lr, ProbeResult((2.3,), (Evaluation(1, tuple(loss + x for x in jitter)),)))
+
+    ladder = Ladder(1e-9, 1e9, 10.0)
+    for lr, loss in ((1e-3, 2.3), (1e-2, 2.3 + 0.1 * noise), (1e-1, 2.2)):
+        add(ladder, lr, loss)
+        assert ladder.climb() == pytest.approx(10 * lr)
+    add(ladder, 1.0, 3.0)
+    assert ladder.climb() is None
+    assert ladder.best == 0.1
+
+
+def test_a_lower_rate_has_to_be_better_by_more_than_the_noise() -> None:
+    worse, better = Evaluation(1, (2.1, 2.5)), Evaluation(1, (2.0, 2.5))
+    ladder = Ladder(1e-9, 1e9, 10.0)
+    ladder.add(1e-3, ProbeResult((2.3,), (better,)))
+    ladder.add(1e-2, ProbeResult((2.3,), (worse,)))
+    assert ladder.best == 1e-3
+    assert ladder.climb() == pytest.approx(0.1)  # 0.05 +- 0.05: no worse
+    ladder.add(0.1, ProbeResult((2.3,), (Evaluation(1, (9.0, 9.5)),)))
+    assert ladder.climb() is None
+    ladder.results[1e-2] = ProbeResult((2.3,), (Evaluation(1, (2.2, 2.6)),))
+    assert ladder.climb() == pytest.approx(1e-4)  # 0.15 +- 0.05
 
 
 @pytest.mark.parametrize("lr", [1e-6, 0.1, 100.0])
@@ -108,10 +140,8 @@ def test_the_plan_keeps_the_budget(total: int, candidates: int) -> None:
     plan = AutoLRS(num_candidates=candidates).plan(total)
     assert plan.probe_steps >= 1
     assert Ratchet().stage_steps(total) >= 1
-    assert (
-        plan.search_steps
-        <= (0.06 if total >= 5000 and candidates <= 4 else 0.2 if candidates <= 4 else 0.4) * total + candidates
-    )
+    share = (0.25 if total < 400 else 0.2 if total < 5000 else 0.06) if candidates <= 4 else 0.75
+    assert plan.search_steps <= share * total + candidates
 
 
 @pytest.mark.parametrize("total", [1, 2, 11, 60, 999])
@@ -239,8 +269,8 @@ def test_a_small_budget_without_validation(total: int) -> None:
 
 
 def test_the_plan_without_validation_is_the_one_that_is_made() -> None:
-    assert "at most 4 of 1 " in AutoLRS().describe(Run(40))
-    assert "at most 4 of 2 " in AutoLRS().describe(Run(40, has_validation=False))
+    assert "at most 4 of 1 " in AutoLRS().describe(Run(30))
+    assert "at most 4 of 2 " in AutoLRS().describe(Run(30, has_validation=False))
 
 
 def test_one_step_has_no_training_loss_to_score() -> None:
