@@ -21,11 +21,12 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
         ("beam_and_factors.py --short", "sklearn", "| 0.001 | scores shuffled (control) |"),
         ("decision_cost.py --short", "torch", "| 3 | disk | False | 4 | 0.00 |"),
         ("large_batch.py --short", "pytorch_optimizer", "### Batch size 4,096: 30 steps"),
+        ("looks.py --short", "torch", "| 0 |"),
     ],
 )
 def test_short_form(command: str, needs: str, expected: str, tmp_path: Path) -> None:
     pytest.importorskip(needs)
-    if "large_batch" in command and not Path("/usr/share/datasets/fashion-mnist").is_dir():
+    if ("large_batch" in command or "looks" in command) and not Path("/usr/share/datasets/fashion-mnist").is_dir():
         pytest.skip("needs Debian's dataset-fashion-mnist")
     name, *arguments = command.split()
     done = subprocess.run(

@@ -38,7 +38,7 @@ class AutoLRSCallback(SearchCallback):
             its own training losses, which with "early" are those of its second half. "published" forecasts them, and has
             "auto", too: training losses until a stage of ``tau_max`` steps was made, validation losses from then on, as the
             authors' code does. None is "validation" as published; with "early" it is "train" for candidates of ten steps and
-            more, and "validation" for shorter ones, as in runs of less than 400 steps.
+            more, and "validation" for shorter ones, as in runs of less than 160 steps.
         monitor: name of the validation value that the ratchet looks at, and that scores candidates by "validation".
         kappa: "published": weight of the standard deviation in the lower confidence bound; the published value fills the space.
         estimator: "published": "bounded" forecasts, or the "reference" ones of the authors' code.

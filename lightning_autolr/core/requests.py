@@ -81,9 +81,8 @@ class Probe:
         evaluate: what scores it at the end: the validation batches, training batches held out from the draw ("holdout"), the
             training losses of the second half of its own steps ("train"), which cost nothing, or nothing.
         evaluate_every: evaluate also after every so many steps; not with "train".
-        update_bn: evaluate with running statistics of batch normalisation that are taken anew from the draw's first batches,
-            as :func:`torch.optim.swa_utils.update_bn` does. The ones from training lag behind at a high learning rate. What is
-            kept has the ones from training.
+        update_bn: evaluate with running statistics of batch normalisation that are taken anew from the evaluation batches, in
+            one more pass over them; the ones from training lag behind at a high learning rate. What is kept has the latter.
         stop_above: a training loss above this counts as diverged.
         stage: number of the stage, for the trace, figures and progress.
         label: what the user reads in the progress bar.

@@ -1,59 +1,76 @@
 """Batch normalisation's running statistics, taken anew for an evaluation.
 
 At a high learning rate the weights move faster than the running means follow, and an evaluation measures the lag: losses jump
-by half when nothing is wrong with the weights. A plain mean over a few batches has no lag. It is what
-:func:`torch.optim.swa_utils.update_bn` computes for averaged weights, and "precise batch normalisation" in Wu and Johnson
-(2021, arXiv 2105.07576, section 3); there for a model that is called with a batch, here for a module's ``training_step``.
+by half when nothing is wrong with the weights. Statistics of the present weights have no lag: "precise batch normalisation",
+Wu and Johnson (2021, arXiv 2105.07576, section 3). They, and :func:`torch.optim.swa_utils.update_bn`, take them from training
+batches; here they come from the evaluation's own, which are at hand: a run may have no training batches to spare.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_autolr.engine.quiet import LogSink
-from lightning_autolr.engine.steps import to_device, training_step
-
-__all__ = ["NUM_BATCHES", "updated_statistics"]
-
-NUM_BATCHES = 10  # as far as the running means of the default momentum look back
+__all__ = ["updated_statistics"]
 
 
-@contextlib.contextmanager
-def updated_statistics(trainer: Any, batches: Callable[[], Sequence[Any]], sink: LogSink) -> Iterator[int]:
-    """In this block, running statistics are plain means over ``batches``; afterwards they are what they were.
+@contextmanager
+def updated_statistics(modules: Iterable[nn.Module], evaluate: Callable[[], Any]) -> Iterator[bool]:
+    """In this block, running statistics are those of the inputs that layers get in ``evaluate()``; then they are put back.
 
-    Layers that training does not update (in evaluation mode, or without running statistics) stay as they are. So do all of
-    them under manual optimization, whose training step would move the weights.
+    In ``evaluate()`` each layer normalises by the statistics of its batch, as in training. Layers that training does not
+    update (in evaluation mode, without running statistics or with momentum 0) stay as they are.
 
     Yields:
-        How many batches that took; ``batches`` is called only if it takes any.
+        Whether there are any others. If not, ``evaluate`` is not called.
     """
-    module = trainer.lightning_module
-    layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.running_mean is not None]
-    if not layers or not module.automatic_optimization:
-        yield 0
+    layers = [m for m in modules if isinstance(m, _BatchNorm) and m.training and m.momentum != 0]
+    collected = {layer: _Statistics(layer) for layer in layers if layer.running_mean is not None}
+    if not collected:
+        yield False
         return
-    before = [(layer, layer.momentum, [b.clone() for b in layer.buffers()]) for layer in layers]
-    try:
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # a plain mean
-        used = batches()
-        # With gradients, as training has them: user code may ask for some. Parallel strategies must not wait for a backward.
-        block = getattr(trainer.strategy, "block_backward_sync", contextlib.nullcontext)
-        with torch.enable_grad(), block():
-            for idx, batch in enumerate(used):
-                training_step(trainer, to_device(trainer, batch), idx)
-                sink.take()
-        yield len(used)
-    finally:
-        with torch.no_grad():
-            for layer, momentum, buffers in before:
-                layer.momentum = momentum
-                for buffer, value in zip(layer.buffers(), buffers, strict=True):
-                    buffer.copy_(value)
+    with torch.no_grad():
+        before = [(buffer, buffer.clone()) for layer in collected for buffer in layer.buffers(recurse=False)]
+        try:
+            with ExitStack() as hooks:
+                for layer, statistics in collected.items():
+                    hooks.callback(layer.register_forward_pre_hook(statistics.add).remove)
+                evaluate()
+            for statistics in collected.values():
+                statistics.set()
+            yield True
+        finally:
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+class _Statistics:
+    """Mean and variance, for each channel, of all the inputs of one layer (Chan, Golub and LeVeque, 1979)."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer, self._count = layer, 0
+        self._mean, self._var = torch.zeros(()), torch.zeros(())
+
+    def add(self, layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        values = inputs[0].detach().float().transpose(0, 1).flatten(1)  # (channels, all others)
+        var, mean = torch.var_mean(values, 1, correction=0)
+        share = values.shape[1] / (self._count + values.shape[1])  # of all so far
+        self._count += values.shape[1]
+        delta = mean - self._mean.to(mean)
+        self._var = self._var.to(var) * (1 - share) + var * share + delta.square() * share * (1 - share)
+        self._mean = mean - delta * (1 - share)
+        self._write(mean, var)
+
+    def set(self) -> None:
+        """Those of all inputs; a layer that got none keeps its own."""
+        if self._count:
+            self._write(self._mean, self._var)
+
+    def _write(self, mean: Tensor, var: Tensor) -> None:
+        self._layer.running_mean.copy_(mean)
+        self._layer.running_var.copy_(var)

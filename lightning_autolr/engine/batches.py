@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -77,14 +77,17 @@ class Draws:
         return self._read(draw, 0, self.num_reserved)
 
     def close(self) -> None:
-        """Forget the present draw's batches."""
+        """Forget the present draw's batches, and end the workers that load them."""
+        if self._current is not None:
+            self._current[1].close()
         self._current = None
 
     def _read(self, draw: int, first: int, count: int) -> list[Any]:
         if self._current is None or self._current[0] != draw:
-            self._current = None  # free the old draw's batches first
+            self.close()  # free the old draw's batches first
             skip = self._start(draw)
-            batches = _Batches(lambda number: self._one_pass(draw, number, skip), self._cache_bytes, self._rng(draw))
+            one_pass = partial(self._one_pass, draw, skip)
+            batches = _Batches(one_pass, self._cache_bytes, self._rng(draw))
             self._current = (draw, batches)
         return [own_batch(self._current[1][i]) for i in range(first, first + count)]
 
@@ -95,10 +98,10 @@ class Draws:
     def _rng(self, draw: int) -> _OwnRandomness:
         return _OwnRandomness(mix(self._seed, draw), self._trainer.strategy.root_device)
 
-    def _one_pass(self, draw: int, number: int, skip: int) -> Iterator[Any]:
-        """One run through the cloned loader."""
+    def _one_pass(self, draw: int, skip: int, number: int, anew: bool) -> Iterator[Any]:
+        """One run through the cloned loader; streams go on where the last one ended, unless ``anew``."""
         seed = mix(self._seed, draw, number)
-        if number == 0:
+        if anew:
             self._copies.clear()
         clone = partial(_clone, seed=seed, draw=draw, skip=0 if number else skip, copies=self._copies)
         if self._loader is not None:
@@ -132,7 +135,9 @@ class _OwnRandomness:
 class _Batches:
     """Random access to an endless sequence of passes; the beginning is kept, the rest is loaded again when asked for."""
 
-    def __init__(self, one_pass: Callable[[int], Iterator[Any]], cache_bytes: int, randomness: _OwnRandomness) -> None:
+    def __init__(
+        self, one_pass: Callable[[int, bool], Iterator[Any]], cache_bytes: int, randomness: _OwnRandomness
+    ) -> None:
         self._one_pass, self._budget, self._randomness = one_pass, cache_bytes, randomness
         self._at_start = copy.copy(randomness)
         self._kept: list[Any] = []
@@ -153,11 +158,14 @@ class _Batches:
             if self._position == index + 1:
                 return batch
 
-    def _passes(self) -> Iterator[Any]:
+    def close(self) -> None:
+        self._stream.close()
+
+    def _passes(self) -> Generator[Any, None, None]:
         nothing_before = False
         for number in itertools.count():
             nothing = True
-            for batch in self._one_pass(number):
+            for batch in self._one_pass(number, number == 0 or nothing_before):
                 nothing = False
                 if batch is not None:
                     yield batch
@@ -224,24 +232,19 @@ def _leaves(batch: Any) -> Iterator[Any]:
 def _clone(loader: Any, seed: int, draw: int, skip: int, copies: dict[int, Any]) -> Iterable[Any]:
     """A loader on the same data with its own iterator, samplers and generators.
 
-    Where a stream or a loader of the user's own stands may be an attribute of it, so it is copied, into ``copies``. The passes
-    of one draw share the copy: the first one may begin where the real run stands, near its end.
+    Where a stream or a loader of the user's own stands may be an attribute of it, so it is copied, into ``copies``.
     """
     if not isinstance(loader, DataLoader):
-        try:
-            again: Any = None if iter(loader) is loader else copies.setdefault(id(loader), copy.copy(loader))
-        except TypeError:
-            again = None
-        if again is None:
+        again: Iterable[Any] = _copied(loader, copies)
+        if iter(again) is again:
             raise ValueError(
-                f"Expected a loader that can be copied and iterated again, got {type(loader).__name__}, which cannot. "
+                f"Expected a loader that can be iterated twice, got {type(loader).__name__}, which is its own iterator. "
                 "Pass `probe_dataloader=` with batches for the probes."
             )
-        return again  # type: ignore[no-any-return]
+        return again
     clone = compat.clone_loader(loader)
     if isinstance(loader.dataset, IterableDataset):
-        stream = copies.setdefault(id(loader.dataset), copy.copy(loader.dataset))
-        compat.set_in_loader(clone, dataset=stream, generator=_generator(seed))
+        compat.set_in_loader(clone, dataset=_copied(loader.dataset, copies), generator=_generator(seed))
         return itertools.islice(clone, skip, None) if skip else clone
     # Sampler chains are copied whole, less the data that they point to.
     batch_sampler: Any
@@ -263,6 +266,16 @@ def _clone(loader: Any, seed: int, draw: int, skip: int, copies: dict[int, Any])
         batch_sampler = _Rotated(batch_sampler, skip % len(batch_sampler))
     compat.set_in_loader(clone, batch_sampler=batch_sampler, sampler=sampler, generator=_generator(seed))
     return clone
+
+
+def _copied(stream: Any, copies: dict[int, Any]) -> Any:
+    """Its copy; the stream itself if it cannot be copied."""
+    if id(stream) not in copies:
+        try:
+            copies[id(stream)] = copy.copy(stream)
+        except (TypeError, RecursionError):  # as of generators, and of wrappers that ask another object for everything
+            return stream
+    return copies[id(stream)]
 
 
 class _Rotated:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_autolr.core.requests import Evaluation, LineProbe, LineResult, Probe, ProbeResult, Status
-from lightning_autolr.engine.batch_norm import NUM_BATCHES, updated_statistics
+from lightning_autolr.engine.batch_norm import updated_statistics
 from lightning_autolr.engine.batches import Draws, mix, validation_batches
 from lightning_autolr.engine.compat import local_tensor, val_loaders
 from lightning_autolr.engine.evaluate import evaluate, evaluate_training_batches
@@ -287,13 +287,9 @@ class Prober:
         modes = [(m, m.training) for m in self._module.modules()]
         random_state = RandomState(self._strategy.root_device)
         try:
-            with self._updated_statistics(request) as used:
-                if request.evaluate == "validation":
-                    values = evaluate(self._trainer, self._validation_batches(), self._sink, self._options.monitor)
-                    self.cost.eval_batches += used + len(self._validation_batches())
-                else:
-                    values = evaluate_training_batches(self._trainer, self.draws.held_out(request.draw), self._sink)
-                    self.cost.eval_batches += used + len(values)
+            norms = self._module.modules() if request.update_bn else ()
+            with updated_statistics(norms, partial(self._losses, request)):
+                values = self._losses(request)
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -305,12 +301,16 @@ class Prober:
         sign = -1.0 if self._options.mode == "max" and request.evaluate == "validation" else 1.0
         return [sign * value for value in mean_over_ranks(self._strategy, values)]
 
-    def _updated_statistics(self, request: Probe) -> AbstractContextManager[int]:
-        if not request.update_bn:
-            return nullcontext(0)
+    def _losses(self, request: Probe) -> list[Tensor]:
+        """One pass over the evaluation batches."""
         assert self._sink is not None
-        batches = partial(self.draws.training, request.draw, 0, NUM_BATCHES)
-        return updated_statistics(self._trainer, batches, self._sink)
+        if request.evaluate == "validation":
+            batches = self._validation_batches()
+            self.cost.eval_batches += len(batches)
+            return evaluate(self._trainer, batches, self._sink, self._options.monitor)
+        held_out = self.draws.held_out(request.draw)
+        self.cost.eval_batches += len(held_out)
+        return evaluate_training_batches(self._trainer, held_out, self._sink)
 
     def _validation_batches(self) -> list[tuple[Any, int, int]]:
         if self._validation is None:

@@ -41,13 +41,15 @@ class Ratchet:
     (asks for another learning rate, or has probed),
 
     - at once, when the training diverged, or more than half of all that was gained is lost again, in the looks and in the
-      training losses alike (with batch normalisation, looks alone jump when nothing is wrong);
+      training losses alike;
     - when the median of the last ``patience`` looks is above that of the ``patience`` looks before, and the data are learnt by
       heart meanwhile: the training losses are clearly below the lowest look, or below what they were then. Where they are not,
-      the looks jitter, as with batch normalisation at a high learning rate. Looks made while the learning rate is at its
-      highest do not count: there losses jitter around a trend that they hide.
+      the looks jitter. Looks made while the learning rate is at its highest do not count: there losses jitter around a trend
+      that they hide.
 
-    The run ends on the weights with the lowest loss: its last step goes back to them. Undone steps count as steps of the run.
+    Under batch normalisation it looks with statistics of the present weights (see ``Probe.update_bn``), since the running
+    ones lag behind, and jitter. The run ends on the weights with the lowest loss: its last step goes back to them, unless the
+    present ones are no worse with the statistics that both have. Undone steps count as steps of the run.
     It answers overfitting, which no short probe can see, and divergence.
 
     Args:
@@ -247,8 +249,9 @@ class _Watch:
                 return TrainResult(tuple(losses), answer.status, start, tuple(grad_norms), answer.steps_left)
             if answer.status is Status.DIVERGED or self.left == 1 or 0 < self.stage_steps <= self.since:
                 reason = self.why = self._judge((yield self._look()) if answer.status is Status.OK else None)
-                if self.left <= 1 and self.go_back and self.state is not None:
-                    self.go_back = yield from self._kept_is_lower()
+                is_asked = self.left <= 1 and self.go_back and self.state is not None and answer.status is Status.OK
+                if is_asked and not (yield from self._kept_is_lower()):
+                    self.go_back, reason = False, "The end: as they are, the present weights are no worse."
                 self.scale /= self.ratchet.shrink if self.go_back else 1
         return TrainResult(tuple(losses), Status.OK, start, tuple(grad_norms), answer.steps_left)
 
@@ -341,8 +344,14 @@ def divergence_limit(losses: Sequence[float]) -> float | None:
 
 
 def paired(before: ProbeResult, after: ProbeResult) -> tuple[float, float]:
-    """Mean and standard error of the differences on the same evaluation batches."""
+    """Mean and standard error of the differences on the same evaluation batches.
+
+    Unlike numbers of losses, as of a training step that leaves some out, cannot be paired.
+    """
     a, b = (np.asarray(r.evaluations[-1].losses) for r in (before, after))
+    if len(a) != len(b):
+        errors = [float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else 0.0 for x in (a, b)]
+        return float(b.mean() - a.mean()), math.hypot(*errors)
     difference = b - a
     error = float(difference.std(ddof=1) / math.sqrt(len(difference))) if len(difference) > 1 else 0.0
     return float(difference.mean()), error

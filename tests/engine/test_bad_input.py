@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ class OneShot:
 
 
 def test_loader_that_is_its_own_iterator(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Expected a loader that can be copied and iterated again, got OneShot"):
+    with pytest.raises(ValueError, match="Expected a loader that can be iterated twice, got OneShot"):
         fit_tiny(tmp_path, [Search(Stages())], train=OneShot())
     trainer, _ = fit_tiny(tmp_path, [Search(Stages(), probe_dataloader=loader())], train=OneShot())
     assert trainer.global_step == 6
@@ -126,6 +127,52 @@ def test_finite_stream_shorter_than_the_search(tmp_path: Path) -> None:
     search = Search(Stages(num_stages=6, num_steps=2, probe_steps=3))
     trainer, _ = fit_tiny(tmp_path, [search], train=torch.utils.data.DataLoader(Finite(), batch_size=6), max_steps=12)
     assert trainer.global_step == 12
+
+
+class OnePass(torch.utils.data.IterableDataset):
+    """Goes on from where it stands, and is over then."""
+
+    def __init__(self) -> None:
+        self.data, self.position = NoisyData(60, jitter=False), 0
+
+    def __iter__(self) -> Any:
+        while self.position < len(self.data):
+            self.position += 1
+            yield self.data[self.position - 1]
+
+
+def test_a_search_near_the_end_of_a_stream_that_is_read_once(tmp_path: Path) -> None:
+    """Probes that are longer than the rest read the rest again."""
+    search = Search(Stages(num_stages=4, num_steps=2, probe_steps=5))
+    stream = torch.utils.data.DataLoader(OnePass(), batch_size=6)
+    trainer, _ = fit_tiny(tmp_path, [search], train=stream, max_epochs=1, max_steps=-1)
+    assert trainer.global_step == 10
+    probes = [e.answer for e in search.trace if hasattr(e.answer, "evaluations")]
+    assert len(probes) == 8
+    assert all(len(probe.losses) == 5 for probe in probes)
+
+
+class Wrapper:
+    """Asks the wrapped loader for everything, so it cannot be copied."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self.wrapped = wrapped
+
+    def __iter__(self) -> Any:
+        return iter(self.wrapped)
+
+    def __len__(self) -> int:
+        return len(self.wrapped)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.wrapped, name)
+
+
+def test_a_loader_that_cannot_be_copied_is_read_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(RecursionError):
+        copy.copy(Wrapper(loader()))
+    trainer, _ = fit_tiny(tmp_path, [Search(Stages())], train=Wrapper(loader()))
+    assert trainer.global_step == 6
 
 
 def test_all_learning_rates_zero(tmp_path: Path) -> None:

@@ -232,3 +232,12 @@ def test_paired_differences() -> None:
     mean, error = paired(a, b)
     assert mean == pytest.approx(2.5 / 3)
     assert error == pytest.approx(np.std([0.5, 0.5, 1.5], ddof=1) / math.sqrt(3))
+
+
+def test_unlike_numbers_of_losses_cannot_be_paired() -> None:
+    """A training step may leave losses out."""
+    a = ProbeResult(evaluations=(Evaluation(0, (1.0, 2.0, 3.0)),))
+    mean, error = paired(a, ProbeResult(evaluations=(Evaluation(0, (1.0, 4.0)),)))
+    assert mean == pytest.approx(0.5)
+    assert error == pytest.approx(math.sqrt(1.0 / 3 + 4.5 / 2))
+    assert paired(a, ProbeResult(evaluations=(Evaluation(0, (4.0,)),)))[0] == pytest.approx(2.0)
