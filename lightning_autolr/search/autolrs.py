@@ -79,7 +79,7 @@ class AutoLRS(AbstractSearch):
             800 steps. In runs of less than 400 the long candidates are coarse ones, too: they begin at the configured learning
             rate and climb in factors of ten. With 0 there are no coarse ones.
         probe_steps: steps of one of the others; None divides among them what is left of the budget.
-        step: ratio of their neighbours while the best is not bracketed, > 1.
+        step: ratio of their neighbours while the best is not bracketed, > 1; ten in runs of less than 400 steps.
         caution: what the best candidate's learning rate is divided by, >= 1: a run is longer than a probe, and longer runs want
             lower peaks.
         warmup_fraction: share of the run that goes linearly up to the peak, in [0, 1).
@@ -167,9 +167,12 @@ class AutoLRS(AbstractSearch):
             return self.probe_steps
         budget = _BUDGET if self.search_budget is None else self.search_budget
         share = int((budget * length - used) / self.num_candidates)
-        shortest = min(_SHORTEST_PROBE, length // 40) if self.search_budget is None else 1
-        if self._is_short(length) and self.search_budget is None:
+        if self.search_budget is not None:
+            shortest = 1
+        elif self._is_short(length):
             shortest = min(_SHORT_PROBE, length // 16)
+        else:
+            shortest = min(_SHORTEST_PROBE, length // 40)
         return max(_FEWEST if self.evaluate == "train" else 1, share, shortest)
 
     def describe(self, run: Run) -> str:
