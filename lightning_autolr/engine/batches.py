@@ -162,16 +162,16 @@ class _Batches:
         self._stream.close()
 
     def _passes(self) -> Generator[Any, None, None]:
-        nothing_before = False
+        """A pass may be over before it begins, when it is entered at its end: some streams then begin again, some never do."""
+        empty = 0  # passes in a row
         for number in itertools.count():
-            nothing = True
-            for batch in self._one_pass(number, number == 0 or nothing_before):
-                nothing = False
+            empty += 1
+            for batch in self._one_pass(number, number == 0 or empty == 3):
+                empty = 0
                 if batch is not None:
                     yield batch
-            if nothing and nothing_before:  # one pass may be over before it begins, when it is entered at its end
+            if empty == 3:
                 raise ValueError("Expected the training loader to yield batches for probes, got none.")
-            nothing_before = nothing
 
 
 def _num_bytes(batch: Any) -> int:
