@@ -57,6 +57,8 @@ class _Statistics:
         self._mean, self._var = torch.zeros(()), torch.zeros(())
 
     def add(self, layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        if not inputs or not inputs[0].numel():  # given by keyword, or nothing
+            return
         values = inputs[0].detach().float().transpose(0, 1).flatten(1)  # (channels, all others)
         var, mean = torch.var_mean(values, 1, correction=0)
         share = values.shape[1] / (self._count + values.shape[1])  # of all so far

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import update_bn
 
 from lightning_autolr.core.requests import Probe, ProbeResult, Requests, Run, Train
+from lightning_autolr.engine import batch_norm
 from lightning_autolr.search.base import AbstractSearch
 from tests.engine.small import Tiny, fit_tiny, loader
 from tests.engine.subjects import Search
@@ -124,3 +125,29 @@ def test_without_batch_norm_there_is_one_pass(tmp_path: Path) -> None:
     found, callback = looks(tmp_path, Plain())
     assert len(set(found)) == 1
     assert callback.summary["eval_batches"] == 3 * 6
+
+
+@pytest.mark.parametrize(
+    "batches", [[(7, 3)], [(7, 3), (2, 3)], [(4, 3, 5), (1, 3, 1), (0, 3, 5)], [(2, 3, 4, 4), (5, 3, 2, 2)]]
+)
+def test_statistics_are_those_of_all_values(batches: list[tuple[int, ...]]) -> None:
+    layer: Any = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[len(batches[0])](3)
+    inputs = [5 + 2 * torch.randn(size, generator=torch.Generator().manual_seed(i)) for i, size in enumerate(batches)]
+    by_channel = torch.cat([x.transpose(0, 1).flatten(1) for x in inputs], 1)
+
+    def evaluate() -> None:
+        layer.eval()
+        for x in inputs:
+            if x.numel():
+                own = layer(x).transpose(0, 1).flatten(1)  # normalised by the batch's own statistics
+                assert torch.allclose(own.mean(1), torch.zeros(3), atol=1e-4)
+            else:
+                layer(input=x)
+
+    with batch_norm.updated_statistics([layer], evaluate) as are_updated:
+        assert are_updated
+        assert torch.allclose(layer.running_mean, by_channel.mean(1), atol=1e-5)
+        assert torch.allclose(layer.running_var, by_channel.var(1, correction=0), rtol=1e-4)
+    assert layer.running_mean.tolist() == [0, 0, 0]
+    assert layer.running_var.tolist() == [1, 1, 1]
+    assert not layer._forward_pre_hooks
