@@ -20,19 +20,17 @@ __all__ = ["updated_statistics"]
 
 
 @contextmanager
-def updated_statistics(modules: Iterable[nn.Module], evaluate: Callable[[], Any]) -> Iterator[bool]:
+def updated_statistics(modules: Iterable[nn.Module], evaluate: Callable[[], Any]) -> Iterator[None]:
     """In this block, running statistics are those of the inputs that layers get in ``evaluate()``; then they are put back.
 
     In ``evaluate()`` each layer normalises by the statistics of its batch, as in training. Layers that training does not
-    update (in evaluation mode, without running statistics or with momentum 0) stay as they are.
-
-    Yields:
-        Whether there are any others. If not, ``evaluate`` is not called.
+    update (in evaluation mode, without running statistics or with momentum 0) stay as they are; if there are no others,
+    ``evaluate`` is not called.
     """
     layers = [m for m in modules if isinstance(m, _BatchNorm) and m.training and m.momentum != 0]
     collected = {layer: _Statistics(layer) for layer in layers if layer.running_mean is not None}
     if not collected:
-        yield False
+        yield
         return
     with torch.no_grad():
         before = [(buffer, buffer.clone()) for layer in collected for buffer in layer.buffers(recurse=False)]
@@ -43,7 +41,7 @@ def updated_statistics(modules: Iterable[nn.Module], evaluate: Callable[[], Any]
                 evaluate()
             for statistics in collected.values():
                 statistics.set()
-            yield True
+            yield
         finally:
             for buffer, value in before:
                 buffer.copy_(value)

@@ -1,8 +1,8 @@
 """Batches for private steps: from clones of the user's loaders, so that the real stream is not consumed.
 
-A *draw* is a sequence of batches that depends on nothing but the seed and the draw's number. All probes of one draw get the
-same batches in the same order. They are kept in memory as they come from the loader (at most ``cache_bytes`` of them; the
-rest is loaded anew for each probe).
+A *draw* is a sequence of batches that depends on nothing but the seed and the draw's number (and, of a stream or a loader of
+the user's own, on where it stands). All probes of one draw get the same batches in the same order. They are kept in memory as
+they come from the loader (at most ``cache_bytes`` of them; the rest is loaded anew for each probe).
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class Draws:
         if self._current is not None:
             self._current[1].close()
         self._current = None
+        self._copies.clear()
 
     def _read(self, draw: int, first: int, count: int) -> list[Any]:
         if self._current is None or self._current[0] != draw:
