@@ -132,7 +132,8 @@ def inspect(run_dir: str, csv: str | None = None, figures: str | None = None) ->
 def replay(run_dir: str, out: str | None = None, overrides: Sequence[str] = ()) -> int:
     """Train again with the learning rates that a run found, without any search.
 
-    With the same machine and number of devices the final weights are the same to the bit.
+    With the same machine and number of devices the final weights are the same to the bit, unless a beam search took up the end
+    of a private probe: a warning then says so.
 
     Args:
         run_dir: folder of a run made with ``fit``: it has ``config.yaml`` and ``autolr/schedule.json``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any, Literal
 
 from typing_extensions import override
@@ -16,6 +17,11 @@ from lightning_autolr.search.ranged import PublishedInRange
 from lightning_autolr.search.ratchet import Ratchet
 
 __all__ = ["AutoLRSCallback"]
+
+_OPTIONS_OF = {  # what one method has and the other has not
+    "early": ("search_budget", "warmup_fraction", "caution", "anneal_fraction", "anneal", "warmup"),
+    "published": ("tau_max", "probe_fraction", "kappa", "estimator", "warmup_steps", "warmup_lr"),
+}
 
 
 class AutoLRSCallback(SearchCallback):
@@ -60,7 +66,7 @@ class AutoLRSCallback(SearchCallback):
         options: see :class:`~lightning_autolr.engine.driver.SearchCallback`.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument out of its range, or one of the other method.
 
     Example::
 
@@ -95,6 +101,12 @@ class AutoLRSCallback(SearchCallback):
         warmup: Literal["autowu"] | None = None,
         **options: Any,
     ) -> None:
+        if method not in _OPTIONS_OF:
+            raise ValueError(f"Expected method to be 'early' or 'published', got {method!r}.")
+        (other,) = _OPTIONS_OF.keys() - {method}
+        defaults, given = signature(AutoLRSCallback).parameters, locals()
+        if foreign := [name for name in _OPTIONS_OF[other] if given[name] != defaults[name].default]:
+            raise ValueError(f"Expected {', '.join(foreign)} only with method={other!r}, got {method=}.")
         signal = objective or ("validation" if method == "published" else "train")
         super().__init__(
             objective="validation" if signal == "auto" else signal,
@@ -126,7 +138,7 @@ class AutoLRSCallback(SearchCallback):
                 evaluate=objective,
                 warmup=None if warmup is None else AutoWU(min_lr=min_lr or 1e-5, max_lr=max_lr or 1.0, seed=seed),
             )
-        elif method == "published":
+        else:
             self.search = PublishedInRange(
                 min_lr=min_lr,
                 max_lr=max_lr,
@@ -141,8 +153,6 @@ class AutoLRSCallback(SearchCallback):
                 warmup_lr=warmup_lr,
                 seed=seed,
             )
-        else:
-            raise ValueError(f"Expected method to be 'early' or 'published', got {method!r}.")
 
     @override
     def make_search(self, run: Run) -> AbstractSearch:

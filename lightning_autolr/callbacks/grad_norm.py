@@ -39,9 +39,11 @@ class GradNormCallback(Callback):
             raise ValueError(f"Expected norm to be 'l1' or 'l2', got {norm!r}.")
         self.norm, self.clipped = norm, clipped
         self.norms: list[float] = []
+        self._loaded: list[float] = []
 
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.norms, self._loaded = self._loaded, []
         self._meter = GradNorms(trainer, self.norm, self.clipped)
         self._folder = (
             None if trainer.fast_dev_run or trainer.log_dir is None else os.path.join(trainer.log_dir, "autolr")
@@ -71,7 +73,7 @@ class GradNormCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         if hasattr(self, "_meter"):
             self.norms += self._meter.read()
-        return {"norm": self.norm, "clipped": self.clipped, "norms": list(self.norms)}
+        return {"norm": self.norm, "clipped": self.clipped, "norms": self._loaded or list(self.norms)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -80,7 +82,7 @@ class GradNormCallback(Callback):
                 f"Expected the norm of the checkpoint, {state_dict['norm']!r} with clipped={state_dict['clipped']}, got "
                 f"{self.norm!r} with clipped={self.clipped}: the record would mix two quantities."
             )
-        self.norms = list(state_dict["norms"])
+        self._loaded = list(state_dict["norms"])
 
 
 class RefinedScheduleCallback(SearchCallback):
@@ -103,13 +105,13 @@ class RefinedScheduleCallback(SearchCallback):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.refined = OnlineRefined(peak_lr=peak_lr, norm=norm, smoothing=smoothing, every=every)
+        self.search = OnlineRefined(peak_lr=peak_lr, norm=norm, smoothing=smoothing, every=every)
 
     @override
     def make_search(self, run: Run) -> OnlineRefined:
-        return self.refined
+        return self.search
 
     @property
     @override
     def searches(self) -> bool:
-        return False
+        return self.ratchet is not None

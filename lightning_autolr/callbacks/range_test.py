@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
@@ -15,6 +16,7 @@ from typing_extensions import override
 from lightning_autolr.core.range_rules import RangeSuggestion, Rule
 from lightning_autolr.core.requests import Probe, Run, encode
 from lightning_autolr.engine import compat
+from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.engine.figure_log import FigureLog
 from lightning_autolr.engine.files import Place
 from lightning_autolr.engine.lr import LearningRate, rescale_configured
@@ -86,9 +88,20 @@ class RangeTestCallback(Callback):
         self.options = ProbeOptions(fork=fork, seed=seed)
         self.suggestions: dict[int, RangeSuggestion] = {}
         self._done: list[int] = []
+        self._loaded: list[int] = []
+
+    @override
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        searches = [type(c).__name__ for c in trainer.callbacks if isinstance(c, SearchCallback)]
+        if self.apply and searches:
+            raise MisconfigurationException(
+                f"Expected no other callback that sets the learning rate beside `RangeTestCallback(apply=True)`, got "
+                f"{searches}. Test in a run of its own (`stop=True`) and configure what it finds, or leave `apply` out."
+            )
 
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._done, self._loaded, self.suggestions = self._loaded, [], {}
         self._folder = (
             None if trainer.fast_dev_run or trainer.log_dir is None else os.path.join(trainer.log_dir, "autolr")
         )
@@ -104,11 +117,11 @@ class RangeTestCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"done": list(self._done)}
+        return {"done": self._loaded or list(self._done)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._done = list(state_dict["done"])
+        self._loaded = list(state_dict["done"])
 
     def _test(self, trainer: Any, now: int) -> None:
         lr = LearningRate(trainer.optimizers)
@@ -129,8 +142,8 @@ class RangeTestCallback(Callback):
         finally:
             lr.close()
         self.suggestions[now] = suggestion
-        found = "no suggestion" if suggestion.lr is None else f"{suggestion.lr:.3g}"
-        rank_zero_info(f"RangeTestCallback at {self.unit} {now}: {found}. {suggestion.reason}")
+        found = "" if suggestion.lr is None else f"{suggestion.lr:.3g}. "
+        rank_zero_info(f"RangeTestCallback at {self.unit} {now}: {found}{suggestion.reason}")
         self._write(trainer)
         if self.figures and trainer.is_global_zero and self._folder is not None:
             log = FigureLog(trainer.loggers, self._folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_autolr.core.requests import Run
@@ -22,7 +23,8 @@ class ScheduleCallback(SearchCallback):
     with another length, an open schedule is stretched over the new one.
 
     Args:
-        schedule: any schedule, or one that a search found (``Tabulated.from_file(path)``), which is repeated bit for bit.
+        schedule: any schedule, or one that a search found (``Tabulated.from_file(path)``), which is repeated bit for bit
+            (unless a segment of it leaps, see :class:`~lightning_autolr.schedules.Segment`).
         peak_lr: learning rate at factor 1; None is the one configured in the module. Unused by found schedules.
         total_steps: optimizer steps to stretch an open schedule over; "auto" asks the Trainer.
         on_scheduler: what to do with learning-rate schedulers of the module: "override", "multiply" or "error".
@@ -51,7 +53,13 @@ class ScheduleCallback(SearchCallback):
 
     @override
     def make_search(self, run: Run) -> Fixed:
-        return Fixed(self.schedule_to_follow, self.peak_lr)
+        followed = self.schedule_to_follow
+        if isinstance(followed, Tabulated) and any(s.leaps for s in followed.segments):
+            rank_zero_warn(
+                f"{type(self).__name__} repeats the learning rates of a run that took up the ends of private probes (beam "
+                "search with several states does): a replay has not made their steps, and ends with other weights."
+            )
+        return Fixed(followed, self.peak_lr)
 
     @property
     @override

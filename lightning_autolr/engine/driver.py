@@ -152,6 +152,11 @@ class SearchCallback(Callback):
         if self.searches:
             looks_at = None if self.ratchet is None else self.ratchet.evaluate
             check_trainer(trainer, pl_module, {self.objective, looks_at}, self.allow_untested)
+        if others := [type(c).__name__ for c in trainer.callbacks if isinstance(c, SearchCallback) and c is not self]:
+            raise MisconfigurationException(
+                f"Expected one callback that sets the learning rate, got {type(self).__name__} and {', '.join(others)}. Leave "
+                "one of them out."
+            )
         # First in line: LearningRateMonitor reads the optimizer when a batch starts, and whoever saves a checkpoint when it
         # ends must find that step counted.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]
@@ -191,7 +196,6 @@ class SearchCallback(Callback):
         self._active: ActiveSegment | None = None
         self._kept_at: dict[str, int] = {}
         self._best_at: dict[str, dict[str, float]] = {}
-        self._back_to: int | None = None
         self._ends_at: int | None = None
         self._warm = not strategy_is_distributed()
         self._first_step = steps_made(trainer) if state is None else state.get("first_step", 0)
@@ -267,7 +271,7 @@ class SearchCallback(Callback):
     @override
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self._trainer is not None and self._active is not None and self._active.steps_done:
-            self._record.write_schedule(self._active.to_segment(self._back_to))
+            self._record.write_schedule(self._active.to_segment())
 
     @override
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -330,7 +334,6 @@ class SearchCallback(Callback):
             "segments": [encode(s) for s in self._record.segments],
             "active": None if active is None else active.state_dict(),
             "kept_at": dict(self._kept_at),
-            "back_to": self._back_to,
             "best_at": {state: dict(best) for state, best in self._best_at.items()},
             "ends_at": self._ends_at,
             "first_step": self._first_step,
@@ -353,8 +356,7 @@ class SearchCallback(Callback):
         self._record.segments = [decode(s) for s in state["segments"]]
         if state["active"] is not None:
             self._active = ActiveSegment.from_state_dict(state["active"])
-        self._kept_at, self._back_to = dict(state["kept_at"]), state["back_to"]
-        self._best_at, self._ends_at = state.get("best_at", {}), state["ends_at"]
+        self._kept_at, self._best_at, self._ends_at = dict(state["kept_at"]), state["best_at"], state["ends_at"]
         vars(self._prober.cost).update(state["cost"])
         self._prober.is_linear = state["is_linear"]
         load_kept(trainer, self._prober, state["kept"])
@@ -425,6 +427,7 @@ class SearchCallback(Callback):
 
     def _begin(self, train: Train) -> None:
         """Begin a segment of real training."""
+        back_to = None if train.start is None else self._kept_at.get(train.start)
         if train.start is not None:
             self._go_back(train.start)
         for state in train.release:
@@ -439,7 +442,8 @@ class SearchCallback(Callback):
             self._best_at[start] = _best_checkpoints(self._trainer)
         if not train.goes_on:
             self._lr.start_segment()
-        self._active = ActiveSegment(train, start, self._trainer.global_step)
+        leaps = train.start is not None and back_to is None  # to the end of a probe, whose steps are in no segment
+        self._active = ActiveSegment(train, start, self._trainer.global_step, back_to, leaps)
 
     def _go_back(self, state: str) -> None:
         """Undo what was trained since ``state`` was kept."""
@@ -452,10 +456,6 @@ class SearchCallback(Callback):
         self._prober.resume_from(state)
         if state in self._kept_at:
             self._prober.cost.steps_undone += self._record.undo_since(self._kept_at[state])
-            self._back_to = self._kept_at[state]
-        else:
-            self._record.is_exact = False  # the end of a probe: its steps are in no segment
-            self._back_to = None
 
     def _trained(self) -> int:
         """Real steps so far, undone ones too."""
@@ -489,8 +489,7 @@ class SearchCallback(Callback):
         """Write the training under way down, and tell the search what came of it."""
         active, self._active = self._active, None
         assert active is not None
-        self._record.add_segment(active.to_segment(self._back_to))
-        self._back_to = None
+        self._record.add_segment(active.to_segment())
         left = self._steps_left(active)
         answer = TrainResult(tuple(active.losses), status, active.start, tuple(active.grad_norms), left)
         self._conversation.tell(active.train, answer, active.global_step, time.perf_counter() - active.begun)

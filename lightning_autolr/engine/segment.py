@@ -30,6 +30,8 @@ class ActiveSegment:
         train: what was asked for.
         start: id of the state kept before the first step, if one was.
         global_step: the Trainer's at the first step.
+        back_to: see :class:`~lightning_autolr.schedules.Segment`.
+        leaps: likewise.
         steps_done: steps made.
         losses: of the steps that were read.
         grad_norms: likewise, where asked for.
@@ -40,6 +42,8 @@ class ActiveSegment:
     train: Train
     start: str | None = None
     global_step: int = 0
+    back_to: int | None = None
+    leaps: bool = False
     steps_done: int = 0
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
@@ -107,10 +111,12 @@ class ActiveSegment:
         limit = math.inf if self.train.stop_above is None else self.train.stop_above
         return Status.DIVERGED if any(not x <= limit for x in unjudged) else Status.OK
 
-    def to_segment(self, back_to: int | None) -> Segment:
+    def to_segment(self) -> Segment:
         """For the record: what was made of it."""
         train = self.train
-        return Segment(self.steps_done, train.lr, train.shape, momentum=train.momentum, back_to=back_to)
+        return Segment(
+            self.steps_done, train.lr, train.shape, momentum=train.momentum, back_to=self.back_to, leaps=self.leaps
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values; everything must have been read."""

@@ -56,7 +56,6 @@ class Record:
         self.folder = folder
         self.trace: list[Entry] = []
         self.segments: list[Segment] = []
-        self.is_exact = True  # whether replaying the segments repeats the run
 
     def add(self, entry: Entry) -> None:
         self.trace.append(entry)

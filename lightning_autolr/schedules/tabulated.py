@@ -27,6 +27,8 @@ class Segment:
         undone: the steps were trained and then taken back. They count as steps all the same.
         back_to: before this segment, the state from before the segment with this index was restored; None: none was.
         momentum: momentum (SGD) or first beta (Adam family) at each step, or None to leave it alone.
+        leaps: before this segment the run took up the end of a private probe (as beam search with several states does), which
+            is not in the table: a replay has the same learning rates from here on, and other weights.
     """
 
     num_steps: int
@@ -35,6 +37,7 @@ class Segment:
     undone: bool = False
     back_to: int | None = None
     momentum: Schedule | None = None
+    leaps: bool = False
 
     def __post_init__(self) -> None:
         replace_field(self, "num_steps", as_count("num_steps", self.num_steps))
@@ -68,8 +71,8 @@ class Tabulated(Schedule):
     """Segments one after another: the record of a found schedule, exactly replayable.
 
     The value at a step is ``lr * shape(step within the segment)``, computed as in the run that found it, and written to
-    disk without losing a bit, so a replay without any search trains the same weights. Past the end the last segment
-    goes on: its shape is held at its own end.
+    disk without losing a bit, so a replay without any search trains the same weights (unless a segment leaps). Past the end
+    the last segment goes on: its shape is held at its own end.
 
     Args:
         segments: at least one :class:`Segment`.

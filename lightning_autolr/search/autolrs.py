@@ -202,7 +202,8 @@ class AutoLRS(AbstractSearch):
         if self.warmup is not None:
             warm = yield from self.warmup.warmup(run)
             left = None if run.total_steps is None else run.total_steps - warm.num_steps
-            low, high = warm.bounds
+            low = max(warm.bounds[0], self.min_lr or 0.0)
+            high = max(low, min(warm.bounds[1], self.max_lr or math.inf))
             rest = replace(self, warmup=None, warmup_fraction=0.0, coarse_steps=0, min_lr=low, max_lr=high)
             yield from rest.requests(replace(run, total_steps=left, lr=warm.lr))
             return

@@ -93,15 +93,24 @@ class BeamSearch(AbstractSearch):
             raise ValueError(f"Expected 1 to {self.beam_size} start_lrs within the bounds, got {self.start_lrs=}.")
         if self.score not in ("running", "validation", "holdout"):
             raise ValueError(f"Expected score 'running', 'validation' or 'holdout', got {self.score=}.")
-        shortest = 2 if self.score == "running" else 1  # the first loss is the same for all: the steps come after it
-        if self.interval is not None and self.interval < shortest:
-            raise ValueError(f"Expected interval >= {shortest} for {self.score=}, got {self.interval=}.")
+        if self.interval is not None and self.interval < self._shortest:
+            raise ValueError(f"Expected interval >= {self._shortest} for {self.score=}, got {self.interval=}.")
+
+    @property
+    def _shortest(self) -> int:
+        """Steps of a round: the first training loss is the same for all children, as their steps come after it."""
+        return 2 if self.score == "running" else 1
 
     def requests(self, run: Run) -> Requests:
         """Probe M x N children, train survivors again, train for real; until the run ends."""
         interval = run.steps_per_epoch if self.interval is None else self.interval
         if interval is None:
             raise ValueError("Expected an epoch of known length, got none. Give interval=<number of steps>.")
+        if interval < self._shortest:
+            raise ValueError(
+                f"Expected an epoch of {self._shortest} steps or more for {self.score=}, got {interval}. Give interval=<number "
+                "of steps>."
+            )
         if self.score == "validation" and not run.has_validation:
             raise ValueError(
                 "Expected validation batches for score='validation', got none. Use 'running' or 'holdout'."
@@ -115,8 +124,9 @@ class BeamSearch(AbstractSearch):
             steps = int(min(interval, left))
             width = self.beam_size if left > steps else 1  # nothing comes after the last round
             candidates = self._candidates(beam)
-            if run.count_search and left < steps * (len(candidates) + (1 if self.keep_ends else width)):
-                # the search would leave no steps to train with
+            cost = len(candidates) + (1 if self.keep_ends else width)
+            if steps < self._shortest or (run.count_search and left < steps * cost):
+                # too few steps to tell children apart, or the search would leave none to train with
                 yield Train(lr=beam[0].lr, num_steps=None, start=beam[0].start, release=kept.give_up(()), stage=number)
                 return
             this = _Round(self, kept, number, steps, len(candidates))

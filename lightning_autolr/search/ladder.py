@@ -80,9 +80,10 @@ class Ladder:
 
     def choose(self, configured: float) -> tuple[float, str]:
         """The best learning rate, and why: a sentence, open at its end."""
+        if not self.results:
+            return self.clip(configured), "Nothing to choose from between equal bounds:"
         if not any(math.isfinite(r.loss) for r in self.results.values()):
-            lowest = min(self.results, default=self.clip(configured) * 10)
-            return lowest / 10, f"All {len(self.results)} candidates diverged; a tenth of the lowest:"
+            return min(self.results) / 10, f"All {len(self.results)} candidates diverged; a tenth of the lowest:"
         best = self.best
         bracket = self._bracket()
         if bracket is None:

@@ -28,9 +28,9 @@ __all__ = ["LOOK", "Guarded", "Ratchet", "divergence_limit", "paired"]
 
 _SHORTEST_STAGE = 10
 _FEW = 20  # first losses of a training, among which the highest is looked for
-_BY_HEART = 0.85  # training losses at this share of the lowest look, or of what they were then
+_BY_HEART = 0.15  # training losses are so much below the lowest look, or below what they were then, as a share of it
 _LITTLE = 0.1  # of the first loss: while less has been gained, losing half of it means nothing
-LOOK = 0  # the draw of the ratchet's evaluations; searches use the ones after it
+LOOK = 0  # the draw of the ratchet's evaluations; AutoLRS trains candidates on the one after it
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,7 @@ def _overfits(seen: Sequence[tuple[float, float]], window: int, learnt: float) -
         return False
     before, after = seen[-2 * window : -window], seen[-window:]
     rises = median(look for look, _ in after) > median(look for look, _ in before)
-    return rises and fmean(train_loss for _, train_loss in after) < _BY_HEART * learnt
+    return rises and fmean(train_loss for _, train_loss in after) < learnt - _BY_HEART * abs(learnt)
 
 
 def _is_lost(first: ProbeResult, best: ProbeResult, after: ProbeResult) -> bool:

@@ -11,11 +11,12 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback
 
-from lightning_autolr import BeamSearchCallback, FactorSearchCallback
-from lightning_autolr.core.requests import LineProbe, LineResult
+from lightning_autolr import BeamSearchCallback, FactorSearchCallback, ScheduleCallback
+from lightning_autolr.core.requests import LineProbe, LineResult, Train
 from lightning_autolr.engine.files import DiskStore, MemoryStore
 from lightning_autolr.engine.lr import LearningRate
 from lightning_autolr.engine.probe import ProbeOptions, Prober
+from lightning_autolr.schedules import Tabulated
 from tests.engine.small import Tiny, fit_tiny
 from tests.engine.subjects import differences
 
@@ -47,6 +48,18 @@ def test_copies_of_the_training_state_that_a_beam_holds(
     assert max(number for number, *_ in seen) == copies
     assert max(in_memory for _, in_memory, *_ in seen) == (0 if fork == "disk" else copies * state)
     assert max(in_files for _, _, in_files, _ in seen) == (copies if fork == "disk" else 0)
+
+
+def test_a_replay_warns_where_a_beam_took_up_the_end_of_a_probe(tmp_path: Path) -> None:
+    search = BeamSearchCallback(2, interval=2, start_lrs=(0.05, 0.2))
+    fit_tiny(tmp_path, [search], max_steps=40)
+    jumps = [entry.request.start is not None for entry in search.trace if isinstance(entry.request, Train)]
+    assert any(jumps)
+    assert [s.leaps for s in search.schedule] == jumps
+    found = Tabulated.from_file(tmp_path / "autolr" / "schedule.json")
+    assert found.segments == search.schedule
+    with pytest.warns(UserWarning, match="ends with other weights"):
+        fit_tiny(tmp_path / "replay", [ScheduleCallback(found)], max_steps=40)
 
 
 class Ask(Callback):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.optim import lr_scheduler as sched
@@ -216,3 +217,21 @@ def test_every_schedule_is_fitted_and_resumed_after_a_crash(schedule: Schedule, 
         go(Crash())
     resumed = go(Callback(), Callback(), ckpt_path=str(tmp_path / "1" / "step=10.ckpt"))
     assert all(torch.equal(a, b) for a, b in zip(expected, resumed, strict=True))
+
+
+def test_a_second_fit_of_the_same_callbacks_begins_anew(tmp_path: Path) -> None:
+    norms, test = GradNormCallback(), RangeTestCallback(num_steps=20, repeats=1)
+    run(Scheduled(), tmp_path, norms, test)
+    assert len(norms.norms) == 24
+    first = test.suggestions.pop(0)
+    run(Scheduled(), tmp_path, norms, test, max_steps=10)
+    assert len(norms.norms) == 10
+    assert test.suggestions[0] is not first
+
+
+def test_a_range_test_applies_nothing_beside_a_callback_that_sets_the_learning_rate(tmp_path: Path) -> None:
+    with pytest.raises(
+        MisconfigurationException, match=r"beside `RangeTestCallback.apply=True.`, got .'ScheduleCallback'"
+    ):
+        run(Scheduled(), tmp_path, RangeTestCallback(apply=True), ScheduleCallback(Rex()))
+    run(Scheduled(), tmp_path, RangeTestCallback(num_steps=20, repeats=1), ScheduleCallback(Rex()))

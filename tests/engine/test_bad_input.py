@@ -12,6 +12,8 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_autolr.callbacks.autolrs import AutoLRSCallback
+from lightning_autolr.callbacks.grad_norm import RefinedScheduleCallback
 from lightning_autolr.callbacks.schedule import ScheduleCallback
 from lightning_autolr.engine.checks import check_trainer
 from lightning_autolr.schedules import Constant, Cosine
@@ -213,3 +215,22 @@ class Skips(Tiny):
 def test_unusual_modules(tmp_path: Path) -> None:
     trainer, _ = fit_tiny(tmp_path, [Search(Stages())], Skips())
     assert trainer.global_step == 6
+
+
+def test_one_callback_sets_the_learning_rate(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"Expected one callback that sets .* and ScheduleCallback"):
+        fit_tiny(tmp_path, [Search(Stages()), ScheduleCallback(Constant())])
+
+
+def test_options_of_the_other_method() -> None:
+    with pytest.raises(ValueError, match="Expected caution, warmup only with method='early', got method='published'"):
+        AutoLRSCallback(method="published", warmup="autowu", caution=1.0)
+    with pytest.raises(ValueError, match="Expected kappa only with method='published'"):
+        AutoLRSCallback(kappa=3.0)
+    with pytest.raises(ValueError, match="Expected method to be 'early' or 'published', got 'late'"):
+        AutoLRSCallback(method="late")  # type: ignore[arg-type]
+
+
+def test_a_refined_schedule_with_a_ratchet_is_checked_like_any_search(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="Expected a `validation_step`"):
+        fit_tiny(tmp_path, [RefinedScheduleCallback(ratchet=True)], limit_val_batches=0)

@@ -292,3 +292,19 @@ def test_the_plan_says_that_autowu_goes_first() -> None:
     said = AutoLRS(warmup=AutoWU(min_lr=1e-5, max_lr=1.0)).describe(Run(total_steps=1000))
     assert said.startswith("AutoWU finds")
     assert "order of magnitude" not in said
+
+
+@pytest.mark.parametrize("bounds", [{"min_lr": 2.0}, {"max_lr": 0.05}, {"min_lr": 0.01, "max_lr": 0.02}])
+def test_bounds_are_kept_after_a_warm_up_too(bounds: dict[str, float]) -> None:
+    search = guarded(warmup=AutoWU(min_lr=1e-3, max_lr=1.0, test_every=10), **bounds)
+    run = run_toy(search, Quadratic(), total_steps=2000)
+    low, high = bounds.get("min_lr", 0.0), bounds.get("max_lr", math.inf)
+    assert all(low <= q.lr <= high for q, _ in probes(run))
+    assert low <= segments(run)[-1].lr <= high
+
+
+def test_equal_bounds_leave_nothing_to_choose() -> None:
+    run = run_toy(AutoLRS(min_lr=0.3, max_lr=0.3), Quadratic(), total_steps=500)
+    assert not probes(run)
+    assert segments(run)[0].lr == 0.3
+    assert segments(run)[0].reason.startswith("Nothing to choose from")

@@ -190,6 +190,15 @@ def test_the_last_round_is_as_short_as_the_run() -> None:
     assert len(run.train_lrs) == 20
 
 
+def test_a_rest_too_short_to_tell_children_apart_is_trained_as_it_is() -> None:
+    run = run_toy(BeamSearch(beam_size=1, interval=10), Quadratic(), total_steps=41, lr=0.02)
+    assert [q.num_steps for q, _ in run.trace if isinstance(q, Train)][-1] is None
+    last, before = [q.lr for q, _ in reversed(run.trace) if isinstance(q, Train)][:2]
+    assert last == before
+    with pytest.raises(ValueError, match="Expected an epoch of 2 steps or more"):
+        next(BeamSearch().requests(Run(total_steps=10, lr=0.1, steps_per_epoch=1)))
+
+
 def test_one_epoch_is_the_published_interval() -> None:
     trace = run_toy(BeamSearch(), noisy_quadratic(), 20, steps_per_epoch=10).trace
     assert {request.num_steps for request, _ in trace if isinstance(request, Probe | Train)} == {10}

@@ -17,7 +17,7 @@ from lightning_autolr.search.beam import BeamSearch
 from lightning_autolr.search.factors import FactorSearch
 from lightning_autolr.search.fixed import Fixed
 from lightning_autolr.search.published import PublishedAutoLRS
-from lightning_autolr.search.ratchet import Guarded, Ratchet, paired
+from lightning_autolr.search.ratchet import Guarded, Ratchet, _overfits, paired
 from tests.toy import run_toy
 from tests.zoo import Problem, Quadratic, noisy_quadratic, off_centre
 
@@ -154,6 +154,15 @@ def test_losses_that_rise_are_harm_only_where_the_data_are_learnt_by_heart() -> 
         [1.7 - 0.1 * i for i in range(61)]
     )  # above it, as with noisy labels, and far below what they were then
     assert not is_undone([1.7 - 0.002 * i for i in range(61)])
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.0])
+def test_learnt_by_heart_is_a_difference_where_losses_are_negative(shift: float) -> None:
+    """As those of a density model may be: training losses above the lowest look are not far below it."""
+    jitters = [(shift - 1.0, shift - 0.9)] * 5 + [(shift - 0.99, shift - 0.9)] * 5
+    assert not _overfits(jitters, 5, learnt=shift - 1.0)
+    overfits = [(look, train - 0.6) for look, train in jitters]
+    assert _overfits(overfits, 5, learnt=shift - 1.0)
 
 
 def test_noise_at_the_highest_rate_undoes_nothing() -> None:
