@@ -377,7 +377,10 @@ class Outcome:
 
 
 class Driver:
-    """Answers the requests of one generator per row, equal ones as one batch."""
+    """Answers the requests of one generator per row, equal ones as one batch.
+
+    All networks here are fresh, so ``permuted`` would only draw their weights anew: it is left out.
+    """
 
     def __init__(self, task: Task) -> None:
         self.task, self.state = task, task.init()

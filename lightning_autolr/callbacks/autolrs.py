@@ -55,7 +55,8 @@ class AutoLRSCallback(SearchCallback):
         seed: seed of everything random in the search.
         method: "early" or "published".
         search_budget: "early": search steps as a share of the run's, at most; None is a twentieth, and more in short runs.
-        caution: "early": what the best candidate's learning rate is divided by: a run is longer than a probe.
+        caution: "early": what the best candidate's learning rate is divided by, since a run is longer than a probe; None is 2,
+            and 1/2 for a network that is trained already, as in fine-tuning.
         warmup_fraction: "early": share of the run that goes linearly up to the peak.
         anneal_fraction: "early": share of the run at its end that goes to zero.
         anneal: "early": shape of the anneal; None is REX.
@@ -94,7 +95,7 @@ class AutoLRSCallback(SearchCallback):
         method: Literal["early", "published"] = "early",
         search_budget: float | None = None,
         warmup_fraction: float = 0.1,
-        caution: float = 2.0,
+        caution: float | None = None,
         anneal_fraction: float = 0.9,
         anneal: Schedule | None = None,
         ratchet: Ratchet | bool | None = None,

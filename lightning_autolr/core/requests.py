@@ -83,6 +83,7 @@ class Probe:
         evaluate_every: evaluate also after every so many steps; not with "train".
         update_bn: evaluate with running statistics of batch normalisation that are taken anew from the evaluation batches, in
             one more pass over them; the ones from training lag behind at a high learning rate. What is kept has the latter.
+        permuted: begin with the weights' entries in another order: a network that has learnt nothing.
         stop_above: a training loss above this counts as diverged.
         stage: number of the stage, for the trace, figures and progress.
         label: what the user reads in the progress bar.
@@ -99,6 +100,7 @@ class Probe:
     evaluate: Literal["validation", "holdout", "train", "none"] = "validation"
     evaluate_every: int | None = None
     update_bn: bool = False
+    permuted: bool = False
     stop_above: float | None = None
     stage: int = 0
     label: str = ""

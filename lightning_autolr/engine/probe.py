@@ -21,6 +21,7 @@ from lightning_autolr.engine.compat import local_tensor, val_loaders
 from lightning_autolr.engine.evaluate import evaluate, evaluate_training_batches
 from lightning_autolr.engine.files import Place, make_store
 from lightning_autolr.engine.lr import LearningRate
+from lightning_autolr.engine.permute import permute_weights
 from lightning_autolr.engine.quiet import LogSink, deferred_signals, quiet
 from lightning_autolr.engine.ranks import gather, mean_over_ranks, smallest
 from lightning_autolr.engine.state import Fork, RandomState, take_gradients
@@ -200,6 +201,9 @@ class Prober:
 
     def _probe(self, request: Probe, new_id: str) -> ProbeResult:
         self._go_to(request.start or "here")
+        if request.permuted:
+            self._at = None
+            permute_weights(self._module.parameters(), self._options.seed)
         self._seed(request.draw, request.offset)
         losses: list[float] = []
         evaluations: list[Evaluation] = []

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
-from lightning_autolr.core.requests import Probe, ProbeResult, Requests, Run, Train, TrainResult
+from lightning_autolr.core.requests import Probe, ProbeResult, Request, Requests, Run, Train, TrainResult
 from lightning_autolr.schedules import Linear, Rex, Schedule, Shifted, WarmupStableDecay
 from lightning_autolr.search.autowu import AutoWU
 from lightning_autolr.search.base import AbstractSearch
@@ -24,6 +25,8 @@ _MOST_COARSE = 8
 _COARSE_PROBE = (10, 50)  # steps, in runs that are not short
 _FEWEST = 2  # steps of a candidate that is scored by its training losses: the first one comes before any step
 _STEADY = 10  # steps of a candidate: below, the training losses of its second half are too few
+_OF_FRESH, _OF_TRAINED = 2.0, 0.5  # networks: what a peak that a short probe found best is divided by
+_LEARNT = 0.5  # of the loss of permuted weights is gone: the network is trained
 _SHORT_RUN = 400  # steps: below, there is one ladder only, in factors of ten
 
 
@@ -42,9 +45,14 @@ class Plan:
     max_probes: int
 
     @property
+    def asks(self) -> bool:
+        """Whether one more step finds out if the network is trained already."""
+        return self.probe_steps >= _STEADY
+
+    @property
     def search_steps(self) -> int:
         """Private steps, at most."""
-        return _MOST_COARSE * self.coarse_steps + self.probe_steps * self.max_probes
+        return _MOST_COARSE * self.coarse_steps + self.probe_steps * self.max_probes + self.asks
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,11 @@ class AutoLRS(AbstractSearch):
        than the scores' noise. The shorter a candidate, the higher the learning rate that it likes, so the budget goes to the
        long ones.
     2. **No later searches.** Short probes taken later only ever say "lower" (short-horizon bias, Wu et al. 2018, arXiv
-       1803.02021). The peak is the best candidate divided by ``caution``, since a run is longer than a probe. After a warm-up
-       it goes to zero over the last ``anneal_fraction`` of the run, by default along REX, which stays high for long.
+       1803.02021). The peak is the best candidate's learning rate divided by ``caution``, since a run is longer than a probe:
+       halved for a fresh network, which a high rate helps off its first plateau, doubled for one that is trained already, as
+       in fine-tuning, of which short probes say "lower". It is trained when its first loss is less than half of that of the
+       same weights in another order. After a warm-up the learning rate goes to zero over the last ``anneal_fraction`` of the
+       run, by default along REX, which stays high for long.
 
     The callback puts a :class:`~lightning_autolr.search.ratchet.Ratchet` around it, which answers what no short probe can see:
     overfitting, and a peak that is too high for a long run.
@@ -80,8 +91,8 @@ class AutoLRS(AbstractSearch):
             rate and climb in factors of ten. With 0 there are no coarse ones.
         probe_steps: steps of one of the others; None divides among them what is left of the budget.
         step: ratio of their neighbours while the best is not bracketed, > 1; ten in runs of less than 400 steps.
-        caution: what the best candidate's learning rate is divided by, >= 1: a run is longer than a probe, and longer runs want
-            lower peaks.
+        caution: what the best candidate's learning rate is divided by, > 0. None is 2, and 1/2 for a network that is trained
+            already: one more private step finds out, where candidates have ten steps or more.
         warmup_fraction: share of the run that goes linearly up to the peak, in [0, 1).
         anneal_fraction: share of the run at its end that goes to zero, in (0, 1].
         anneal: shape of the end, open in its number of steps.
@@ -103,7 +114,7 @@ class AutoLRS(AbstractSearch):
     coarse_steps: int | None = None
     probe_steps: int | None = None
     step: float = 2.5
-    caution: float = 2.0
+    caution: float | None = None
     warmup_fraction: float = 0.1
     anneal_fraction: float = 0.9
     anneal: Schedule = field(default=Rex())
@@ -132,8 +143,8 @@ class AutoLRS(AbstractSearch):
                 f"Expected 0 <= warmup_fraction < 1 and 0 < anneal_fraction <= 1, got {self.warmup_fraction=} and "
                 f"{self.anneal_fraction=}."
             )
-        if not (self.step > 1 and self.caution >= 1):
-            raise ValueError(f"Expected step > 1 and caution >= 1, got {self.step=} and {self.caution=}.")
+        if not (self.step > 1 and (self.caution is None or 0 < self.caution < math.inf)):
+            raise ValueError(f"Expected step > 1 and caution > 0 or None, got {self.step=} and {self.caution=}.")
 
     def plan(self, total_steps: int | None) -> Plan:
         """How a run of ``total_steps`` is used; None: nobody knows how long it is.
@@ -166,7 +177,7 @@ class AutoLRS(AbstractSearch):
         if self.probe_steps is not None:
             return self.probe_steps
         budget = _BUDGET if self.search_budget is None else self.search_budget
-        share = int((budget * length - used) / self.num_candidates)
+        share = int((budget * length - used - 1) / self.num_candidates)  # one step tells whether the network is trained
         if self.search_budget is not None:
             shortest = 1
         elif self._is_short(length):
@@ -204,7 +215,10 @@ class AutoLRS(AbstractSearch):
             left = None if run.total_steps is None else run.total_steps - warm.num_steps
             low = max(warm.bounds[0], self.min_lr or 0.0)
             high = max(low, min(warm.bounds[1], self.max_lr or math.inf))
-            rest = replace(self, warmup=None, warmup_fraction=0.0, coarse_steps=0, min_lr=low, max_lr=high)
+            caution = self.caution or _OF_FRESH  # what it has learnt in the warm-up is not what is meant by trained
+            rest = replace(
+                self, warmup=None, warmup_fraction=0.0, caution=caution, coarse_steps=0, min_lr=low, max_lr=high
+            )
             yield from rest.requests(replace(run, total_steps=left, lr=warm.lr))
             return
         if self.evaluate == "validation" and not run.has_validation:
@@ -224,12 +238,13 @@ class AutoLRS(AbstractSearch):
         length = self._probe_steps(self._length(run.total_steps), len(short.results) * plan.coarse_steps)
         yield from self._try(long, start, length, self.num_candidates, "candidate", refines=True)
         best, reason = long.choose(start)
-        lr, limit = max(best / self.caution, self.min_lr or 0.0), long.limit
-        reason += f" {best:.3g}, divided by {self.caution:g} since a run is longer than a probe."
+        caution, why, asked = yield from self._caution(long, length)
+        lr, limit = min(max(best / caution, self.min_lr or 0.0), self.max_lr or math.inf), long.limit
+        reason += f" {best:.3g}, divided by {caution:g} {why}."
         if run.total_steps is None:
             yield from self._open_ended(lr, reason, limit)
         else:
-            searched = short.num_steps + long.num_steps if run.count_search else 0
+            searched = short.num_steps + long.num_steps + asked if run.count_search else 0
             left = max(1, run.total_steps - searched)
             yield Train(lr, left, self._shape(left), stop_above=limit, reason=reason)
 
@@ -267,6 +282,20 @@ class AutoLRS(AbstractSearch):
             if lr is None and refines and (suggestion := ladder.refine()) is not None:
                 lr, note = suggestion.lr, suggestion.reason and f" ({suggestion.reason})"
 
+    def _caution(self, ladder: Ladder, length: int) -> Generator[Request, Any, tuple[float, str, int]]:
+        """What the best candidate's learning rate is divided by, why, and the private steps that it took to know."""
+        if self.caution is not None:
+            return self.caution, "as configured", 0
+        steps = 0
+        if ladder.results and length >= _STEADY:
+            permuted: ProbeResult = yield Probe(
+                lr=ladder.best, num_steps=1, draw=_DRAW, evaluate="none", permuted=True, label="is it trained already?"
+            )
+            steps = permuted.num_steps
+            if _is_trained(ladder.results.values(), permuted):
+                return _OF_TRAINED, "since short probes of a trained network like too low a rate", steps
+        return _OF_FRESH, "since a run is longer than a probe", steps
+
     def _open_ended(self, peak: float, reason: str, limit: float | None) -> Requests:
         """Hold until somebody knows where the end is, then anneal over what is left."""
         piece = max(1, self.tau // 10)
@@ -292,3 +321,12 @@ class AutoLRS(AbstractSearch):
             decay=self.anneal,
             start=0.1 if self.warmup_fraction else 1.0,  # no step at learning rate 0
         )
+
+
+def _is_trained(candidates: Iterable[ProbeResult], permuted: ProbeResult) -> bool:
+    """Whether the loss before the first step is far below that of permuted weights on the same batch.
+
+    Weights that nothing is known of, or whose order breaks the network, are taken for fresh ones: there the rate is lower.
+    """
+    first, other = (next((r.losses[0] for r in results if r.losses), math.nan) for results in (candidates, (permuted,)))
+    return math.isfinite(other) and other - first > _LEARNT * abs(other)

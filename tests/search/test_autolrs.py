@@ -28,7 +28,7 @@ def guarded(**options: Any) -> Guarded:
 
 
 def probes(run: ToyRun) -> list[tuple[Probe, ProbeResult]]:
-    return [(q, a) for q, a in run.trace if isinstance(q, Probe) and q.num_steps > 0]
+    return [(q, a) for q, a in run.trace if isinstance(q, Probe) and q.num_steps > 0 and not q.permuted]
 
 
 def segments(run: ToyRun) -> list[Train]:
@@ -40,7 +40,7 @@ def test_the_peak_is_right_at_any_scale(curvature: float) -> None:
     # One coordinate: the best constant rate is 1 / h, rates above 2 / h diverge; an annealed probe bears a little more.
     run = run_toy(guarded(), Quadratic(curvature=(curvature,)), total_steps=2000, lr=0.1 / curvature)
     peak = segments(run)[0].lr
-    assert 0.5 / curvature < AutoLRS().caution * peak < 2.2 / curvature
+    assert 0.5 / curvature < 2.0 * peak < 2.2 / curvature
     assert run.finished
     assert not run.kept
 
@@ -174,7 +174,7 @@ def test_candidates_that_all_diverge_leave_a_small_rate() -> None:
         request = search.send(ProbeResult((math.nan,), (), Status.DIVERGED))
     assert lrs == sorted(lrs, reverse=True)
     train = search.send(ProbeResult(evaluations=(Evaluation(0, (1.0, 1.1)),)))
-    assert train.lr == pytest.approx(min(lrs) / 10 / AutoLRS().caution)
+    assert train.lr == pytest.approx(min(lrs) / 10 / 2.0)
     assert "diverged" in train.reason
 
 
@@ -232,7 +232,7 @@ def test_replays() -> None:
         {"step": 1.0},
         {"warmup_fraction": 1.0},
         {"anneal_fraction": 0.0},
-        {"caution": 0.5},
+        {"caution": 0.0},
     ],
 )
 def test_says_no(wrong: dict[str, float]) -> None:
@@ -308,3 +308,45 @@ def test_equal_bounds_leave_nothing_to_choose() -> None:
     assert not probes(run)
     assert segments(run)[0].lr == 0.3
     assert segments(run)[0].reason.startswith("Nothing to choose from")
+
+
+def peak_of(search: AutoLRS, first: float, permuted: ProbeResult) -> tuple[float, float, list[Probe]]:
+    """The best candidate's learning rate, the peak, and what was asked, where 0.1 is best and the first loss is given."""
+    requests = search.requests(Run(total_steps=2000, lr=0.1))
+    request, asked = next(requests), []
+    while isinstance(request, Probe):
+        asked.append(request)
+        scores = tuple(abs(math.log(request.lr / 0.1)) + first + 0.01 * i for i in range(4))
+        answer = ProbeResult((first,) * request.num_steps, (Evaluation(request.num_steps, scores),))
+        request = requests.send(permuted if request.permuted else answer)
+    return min(asked, key=lambda q: abs(math.log(q.lr / 0.1))).lr, request.lr, asked
+
+
+@pytest.mark.parametrize(
+    ("first", "permuted", "factor"),
+    [
+        (1.0, (5.0,), 2.0),
+        (4.8, (5.0,), 0.5),
+        (5.5, (5.0,), 0.5),
+        (-300.0, (100.0,), 2.0),  # a log-likelihood
+        (-100.0, (-99.0,), 0.5),
+        (1.0, (math.nan,), 0.5),
+        (1.0, (math.inf,), 0.5),
+        (1.0, (), 0.5),
+    ],
+)
+def test_a_trained_network_wants_a_higher_peak_than_its_probes(
+    first: float, permuted: tuple[float, ...], factor: float
+) -> None:
+    best, peak, asked = peak_of(AutoLRS(), first, ProbeResult(permuted))
+    assert peak == pytest.approx(factor * best, rel=0.2)
+    assert [(q.num_steps, q.draw) for q in asked if q.permuted] == [(1, asked[0].draw)]
+
+
+def test_whether_it_is_trained_is_not_asked_where_it_does_not_matter() -> None:
+    trained = ProbeResult((9.0,))
+    best, peak, asked = peak_of(AutoLRS(caution=1.0), 1.0, trained)
+    assert not any(q.permuted for q in asked)
+    assert peak == pytest.approx(best, rel=0.2)
+    assert not any(q.permuted for q in peak_of(AutoLRS(probe_steps=8), 1.0, trained)[2])
+    assert peak_of(AutoLRS(max_lr=0.12), 1.0, trained)[1] <= 0.12
