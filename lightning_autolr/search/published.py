@@ -14,7 +14,7 @@ from lightning_autolr.core.surrogate import Observation, suggest
 from lightning_autolr.schedules import Constant, Warmup
 from lightning_autolr.search.base import AbstractSearch
 
-__all__ = ["PublishedAutoLRS", "Stage"]
+__all__ = ["PublishedAutoLRS", "Stage", "forecast_of"]
 
 Signal = Literal["train", "validation", "holdout"]
 
@@ -244,7 +244,7 @@ class PublishedAutoLRS(AbstractSearch):
                 observations, (self.min_lr, known.max_lr), kappa=self.kappa, seed=self.seed + 1000 * stage.number
             )
             label = f"stage {stage.number + 1}, candidate {i + 1}/{stage.num_candidates}"
-            result: ProbeResult = yield Probe(
+            probe = Probe(
                 lr=suggestion.lr,
                 num_steps=stage.probe_steps,
                 draw=self.seed + stage.number,
@@ -252,13 +252,16 @@ class PublishedAutoLRS(AbstractSearch):
                 evaluate_every=None if stage.signal == "train" else _evaluate_every(stage),
                 stage=stage.number,
                 label=f"{label} ({suggestion.reason})" if observations and suggestion.reason else label,
+                forecast_horizon=stage.tau,
+                estimator=self.estimator,
                 release=known.give_up(),
             )
+            result: ProbeResult = yield probe
             if not observations:
                 known.note_start(result.losses)
             if run.count_search:
                 known.left -= result.num_steps
-            score = self.forecast(stage, result)
+            score = forecast_of(probe, result)
             candidates.append(_Candidate(suggestion.lr, score))
             # A training loss above the limit is as bad as divergence; as a number it would make all others look equal.
             explodes = stage.signal == "train" and known.limit is not None and score.value > known.limit
@@ -267,18 +270,6 @@ class PublishedAutoLRS(AbstractSearch):
         if candidates and not good:
             known.max_lr = self._below(min(c.lr for c in candidates))
         return sorted(good, key=lambda c: (c.forecast.value, c.forecast.tail))
-
-    def forecast(self, stage: Stage, result: ProbeResult) -> Forecast:
-        """What the loss would be at the end of the stage, after the steps of a probe; inf if the probe diverged."""
-        if result.status is Status.DIVERGED:
-            return Forecast(value=math.inf, tail=math.inf, reason="the candidate diverged")
-        if stage.signal == "train":
-            return forecast(result.losses, stage.tau, estimator=self.estimator)
-        # Evaluation i comes after (i + 1) * every steps, which gives the end of the stage this index. The published
-        # code asks for one evaluation later.
-        every = _evaluate_every(stage)
-        losses = [evaluation.mean for evaluation in result.evaluations if evaluation.step % every == 0]
-        return forecast(losses, stage.tau / every - 1, estimator=self.estimator, single_outlier=True)
 
     def _train(
         self, stage: Stage, candidates: list[_Candidate], known: _Known, run: Run
@@ -322,6 +313,25 @@ class PublishedAutoLRS(AbstractSearch):
 
     def _below(self, diverged: float) -> float:
         return max(self.min_lr, diverged / 2)
+
+
+def forecast_of(probe: Probe, result: ProbeResult) -> Forecast:
+    """What the loss would be after ``probe.forecast_horizon`` steps; inf if the probe diverged.
+
+    Raises:
+        ValueError: the probe is not scored by a forecast.
+    """
+    if probe.forecast_horizon is None or probe.estimator is None:
+        raise ValueError(f"Expected a probe with forecast_horizon and estimator, got {probe}.")
+    if result.status is Status.DIVERGED:
+        return Forecast(value=math.inf, tail=math.inf, reason="the candidate diverged")
+    every = probe.evaluate_every
+    if every is None:
+        return forecast(result.losses, probe.forecast_horizon, estimator=probe.estimator)
+    # Evaluation i comes after (i + 1) * every steps, which gives the horizon this index. The published code asks for one
+    # evaluation later.
+    losses = [evaluation.mean for evaluation in result.evaluations if evaluation.step % every == 0]
+    return forecast(losses, probe.forecast_horizon / every - 1, estimator=probe.estimator, single_outlier=True)
 
 
 def _evaluate_every(stage: Stage) -> int:

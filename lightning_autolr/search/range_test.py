@@ -134,6 +134,7 @@ class RangeTest(AbstractSearch):
                     evaluate="none",
                     stage=self.stage,
                     label=f"range test {repeat + 1} of {self.repeats}, lr {lrs[position]:.2g}",
+                    kind="range test",
                     release=tuple(name for name in (start, left_over) if name is not None),
                 )
                 start, left_over = answer.end, None
@@ -146,7 +147,13 @@ class RangeTest(AbstractSearch):
             curves.append(RangeCurve.measured(lrs, losses, self.width))
         if left_over is not None:
             yield Probe(
-                lr=self.min_lr, num_steps=0, evaluate="none", stage=self.stage, label="range test", release=(left_over,)
+                lr=self.min_lr,
+                num_steps=0,
+                evaluate="none",
+                stage=self.stage,
+                label="range test",
+                kind="range test",
+                release=(left_over,),
             )
         return suggest(curves, self.rule)
 

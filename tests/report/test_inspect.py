@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import pytest
 from rich.console import Console
 
 from lightning_autolr.core.range_rules import RangeSuggestion
-from lightning_autolr.core.requests import LineProbe, Probe, ProbeResult, Status, Train, TrainResult, encode
+from lightning_autolr.core.requests import LineProbe, Probe, ProbeResult, Request, Status, Train, TrainResult, encode
 from lightning_autolr.core.surrogate import Observation, Suggestion
+from lightning_autolr.report.figures import drawings_of
 from lightning_autolr.report.inspect import (
     Inspection,
     inspect_run,
@@ -27,6 +29,9 @@ from lightning_autolr.report.inspect import (
 from lightning_autolr.report.trace import Entry
 from lightning_autolr.schedules import Points, Segment, Shifted, Tabulated
 from lightning_autolr.search import published
+from lightning_autolr.search.autolrs import AutoLRS
+from lightning_autolr.search.autowu import AutoWU
+from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.beam import BeamSearch
 from lightning_autolr.search.factors import FactorSearch
 from lightning_autolr.search.range_test import RangeTest
@@ -158,6 +163,37 @@ def test_range_test_says_again_what_it_said(rule: str) -> None:
     suggestion = range_suggestion(found)
     assert suggestion.lr == pytest.approx(train.lr)
     assert suggestion.reason == train.reason
+
+
+@pytest.mark.parametrize(
+    ("search", "figures"),
+    [
+        (AutoLRS(), {"schedule", "coarse_candidates", "coarse_probes", "candidates", "probes"}),
+        (published.PublishedAutoLRS(1e-2, 0.3, tau=400, num_candidates=2), {"schedule", "candidates", "probes"}),
+        (AutoWU(1e-3, num_tests=1, patience=1), {"schedule", "autowu"}),
+        (BeamSearch(interval=40), {"schedule", "beam"}),
+        (FactorSearch(every=40), {"schedule", "factors"}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_nothing_is_read_out_of_labels_and_reasons(search: AbstractSearch, figures: set[str]) -> None:
+    trace, segments = recorded(search, noisy_quadratic(), 400, lr=0.01)
+    wordless = [replace(entry, request=reworded(entry.request)) for entry in trace]
+    assert [entry.request for entry in wordless] == [entry.request for entry in trace]  # nor compared on resume
+    kinds = [{name.rstrip("_0123456789") for name in drawings_of(t, segments)} for t in (trace, wordless)]
+    assert kinds == [figures, figures]
+    words = {"label": "x", "reason": "x"}
+    first, second = (Inspection(Path(), tuple(t), tuple(segments)) for t in (trace, wordless))
+    assert [{**row, **words} for row in first.rows()] == [{**row, **words} for row in second.rows()]
+    assert cells_without_words(first) == cells_without_words(second)
+
+
+def reworded(request: Request) -> Request:
+    return replace(request, label="x", reason="x") if isinstance(request, Train) else replace(request, label="x")
+
+
+def cells_without_words(inspection: Inspection) -> list[list[Any]]:
+    return [list(column.cells) for table in inspection.tables() for column in table.columns if column.header != "why"]
 
 
 # -- tables -------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from lightning_autolr.core.requests import (
     Train,
     TrainResult,
 )
-from lightning_autolr.search.published import PublishedAutoLRS
+from lightning_autolr.search.published import PublishedAutoLRS, forecast_of
 from tests.toy import ToyRun, run_toy
 from tests.zoo import Cliff, Plateau, Quadratic, noisy_quadratic, off_centre
 
@@ -229,11 +229,11 @@ def test_auto_forecasts_validation_losses_once_the_stages_stop_growing(run: ToyR
 def test_sixteen_evaluations_and_no_more_are_forecast() -> None:
     search = PublishedAutoLRS(1e-3, 0.1, tau=1000, num_candidates=2, objective="validation")
     run = run_toy(search, Quadratic(), 1000)
-    (stage,) = search.plan(Run(total_steps=1000))
     for probe, result in probes(run):
         assert [e.step for e in result.evaluations] == [*range(6, 97, 6), 100]
         exact = 0.5 * (1 - probe.lr) ** 2000
-        assert search.forecast(stage, result).value == pytest.approx(exact, abs=1e-6)
+        assert (probe.forecast_horizon, probe.estimator) == (1000, "bounded")
+        assert forecast_of(probe, result).value == pytest.approx(exact, abs=1e-6)
 
 
 @pytest.mark.parametrize("objective", ["train", "validation", "holdout"])
@@ -243,12 +243,13 @@ def test_the_objective_decides_what_is_evaluated(objective: Any) -> None:
     assert kinds == {"none" if objective == "train" else objective}
 
 
-def test_the_estimator_is_a_choice() -> None:
+@pytest.mark.parametrize(("estimator", "value"), [("bounded", 0.500091), ("reference", 0.384604)])
+def test_the_estimator_is_a_choice(estimator: Any, value: float) -> None:
     losses = tuple((2 * np.exp(-0.01 * np.arange(100)) + 0.5).tolist())
-    (stage,) = PAPER.plan(Run(total_steps=1000))
-    reference = PublishedAutoLRS(1e-3, 1e-1, estimator="reference")
-    assert PAPER.forecast(stage, ProbeResult(losses)).value == pytest.approx(0.500091, abs=1e-6)
-    assert reference.forecast(stage, ProbeResult(losses)).value == pytest.approx(0.384604, abs=1e-6)
+    search = PublishedAutoLRS(1e-3, 1e-1, estimator=estimator)
+    probe = next(search.requests(Run(total_steps=1000)))
+    assert isinstance(probe, Probe)
+    assert forecast_of(probe, ProbeResult(losses)).value == pytest.approx(value, abs=1e-6)
 
 
 def test_validation_needs_batches() -> None:
