@@ -4,9 +4,9 @@ A search is a generator: it yields a request (:class:`Probe`, :class:`LineProbe`
 Requests and answers hold ids and plain numbers, never tensors, so the list of (request, answer) pairs *is* the state of a
 search: it is what is written to disk, saved in checkpoints, replayed on resume and drawn in figures.
 
-Requests are equal when they ask for the same work. What only describes it for people (``label``, ``reason``) or for figures
-and tables (``kind``, ``forecast_horizon``, ``estimator``) is not compared: a run can be resumed by a version that words it
-otherwise, or that describes more. Figures and tables never depend on the wording.
+Requests are equal when they ask for the same work. What only describes it, for people (``label``, ``reason``) or for figures
+and tables (``kind``, ``forecast_horizon``, ``estimator``, ``rule``), is not compared: a run can be resumed by a version that
+words it otherwise, or describes more. Figures and tables never depend on the wording.
 
 All losses are means over ranks. A step is one optimizer step (one batch under manual optimization).
 """
@@ -94,6 +94,7 @@ class Probe:
             in a "beam", a piece of a climb of a "range test", or a "look" at the loss of the weights as they are.
         forecast_horizon: steps after which the loss is forecast, >= 1, where a forecast is the score; None elsewhere.
         estimator: of that forecast, see :func:`~lightning_autolr.core.forecast.forecast`; None without one.
+        rule: of a range test, see :class:`~lightning_autolr.search.range_test.RangeTest`; None elsewhere.
         release: ids of kept states which are not needed after this request.
     """
 
@@ -113,6 +114,7 @@ class Probe:
     kind: Literal["candidate", "coarse", "beam", "range test", "look"] = field(default="candidate", compare=False)
     forecast_horizon: int | None = field(default=None, compare=False)
     estimator: Literal["bounded", "reference"] | None = field(default=None, compare=False)
+    rule: Literal["steepest", "valley", "minimum", "edge"] | None = field(default=None, compare=False)
     release: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -44,7 +44,7 @@ class PublishedInRange(AbstractSearch):
     def requests(self, run: Run) -> Requests:
         low, high = self.min_lr, self.max_lr
         if low is None or high is None:
-            found = (yield from RangeTest(repeats=1, seed=10**6 + self.seed).measure(run)).bounds
+            found = (yield from RangeTest(repeats=1, seed=10**6 + self.seed).measure()).bounds
             low, high = low or min(found[0], high or found[1]), high or max(found[1], low or found[0])
         yield from self._search(low, high).requests(run)
 

@@ -51,6 +51,7 @@ from lightning_autolr.search.factors import FactorSearch
 from lightning_autolr.search.fixed import Fixed
 from lightning_autolr.search.range_test import RangeTest
 from tests.report.traces import by_hand, entries_of, probe, recorded, segments_of
+from tests.toy import Ranged
 from tests.zoo import noisy_quadratic, off_centre
 
 PAIRS = by_hand()
@@ -97,7 +98,7 @@ def candidates(trace: Sequence[Entry] = TRACE) -> Search:
         (Fixed(Linear(), 0.1), {"schedule"}),
         (BeamSearch(beam_size=1, factors=(2, 0.5), interval=4), {"schedule", "beam"}),
         (FactorSearch(factors=(2, 1, 0.5), every=4), {"schedule", "factors"}),
-        (RangeTest(1e-4, 8.0, 20, repeats=1), {"range_test_000"}),
+        (Ranged(RangeTest(1e-4, 8.0, 20, repeats=1)), {"range_test_000"}),
         (Warmup(), {"schedule", "autowu"}),
     ],
 )
@@ -308,7 +309,7 @@ def test_figures_say_what_scored_the_candidates(evaluate: Any, name: str) -> Non
 
 
 def test_range_test_shows_every_climb_and_the_interval() -> None:
-    trace, _ = recorded(RangeTest(1e-4, 8.0, 60, repeats=2), noisy_quadratic())
+    trace, _ = recorded(Ranged(RangeTest(1e-4, 8.0, 60, repeats=2)), noisy_quadratic())
     suggestion = range_suggestion(searches_of(trace)[0])
     (axes,) = range_test_figure(suggestion).axes
     assert sum(len(x.get_xdata()) > 10 for x in axes.lines) == 4  # as measured, and smoothed

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lightning_autolr.core.range_rules import RangeSuggestion
+from lightning_autolr.core.range_rules import RULES, RangeSuggestion, Rule
 from lightning_autolr.core.requests import LineProbe, Probe, ProbeResult, Request, Status, Train, TrainResult, encode
 from lightning_autolr.core.surrogate import Observation, Suggestion
 from lightning_autolr.report.figures import drawings_of
@@ -36,7 +36,7 @@ from lightning_autolr.search.beam import BeamSearch
 from lightning_autolr.search.factors import FactorSearch
 from lightning_autolr.search.range_test import RangeTest
 from tests.report.traces import by_hand, entries_of, recorded, segments_of
-from tests.toy import run_toy
+from tests.toy import Ranged, run_toy
 from tests.zoo import noisy_quadratic, off_centre
 
 PAIRS = by_hand()
@@ -151,18 +151,15 @@ def test_factors_are_learning_rates(options: dict[str, Any], has_base: bool) -> 
     assert [s.step for s in searches] == [0, 5, 10]
 
 
-@pytest.mark.parametrize("rule", ["steepest", "valley", "edge"])
-def test_range_test_says_again_what_it_said(rule: str) -> None:
-    search = RangeTest(1e-4, 8.0, 60, repeats=2, rule=rule, apply=True)
-    run = run_toy(search, noisy_quadratic(), 10)
-    trace = entries_of(run.trace)
-    (found,) = [s for s in searches_of(trace) if s.kind == "range test"]
+@pytest.mark.parametrize("rule", RULES)
+def test_range_test_says_again_what_it_said(rule: Rule) -> None:
+    search = Ranged(RangeTest(1e-4, 8.0, 60, repeats=2, rule=rule))
+    trace, _ = recorded(search, noisy_quadratic(), 10)
+    (found,) = searches_of(trace)
     assert len(found.candidates) == 2
-    train = trace[-1].request
-    assert isinstance(train, Train)
-    suggestion = range_suggestion(found)
-    assert suggestion.lr == pytest.approx(train.lr)
-    assert suggestion.reason == train.reason
+    assert search.suggestion is not None
+    assert range_suggestion(found).lr == pytest.approx(search.suggestion.lr)
+    assert range_suggestion(found).reason == search.suggestion.reason
 
 
 @pytest.mark.parametrize(
@@ -173,6 +170,7 @@ def test_range_test_says_again_what_it_said(rule: str) -> None:
         (AutoWU(1e-3, num_tests=1, patience=1), {"schedule", "autowu"}),
         (BeamSearch(interval=40), {"schedule", "beam"}),
         (FactorSearch(every=40), {"schedule", "factors"}),
+        (Ranged(RangeTest(1e-4, 8.0, 60, repeats=2, rule="edge"), apply=True), {"schedule", "range_test"}),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -293,9 +291,8 @@ def test_a_trace_of_autowu_can_be_read(tmp_path: Path) -> None:
 
 
 def test_range_tests_of_the_callback(tmp_path: Path) -> None:
-    search = RangeTest(1e-4, 2.0, 60, repeats=2)
-    run = run_toy(search, off_centre(), 10)
-    suggestion = range_suggestion(searches_of(entries_of(run.trace))[0])
+    trace, _ = recorded(Ranged(RangeTest(1e-4, 2.0, 60, repeats=2)), off_centre(), 10)
+    suggestion = range_suggestion(searches_of(trace)[0])
     tests = [{"at": 3, "unit": "epoch", "suggestion": encode(suggestion)}]
     (tmp_path / "range_test.json").write_text(json.dumps(tests))
     inspection = inspect_run(tmp_path)

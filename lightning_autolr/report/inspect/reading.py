@@ -12,12 +12,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from lightning_autolr.core.range_rules import RULES, RangeCurve, RangeSuggestion, Rule, suggest
+from lightning_autolr.core.range_rules import RangeCurve, RangeSuggestion, suggest
 from lightning_autolr.core.requests import LineProbe, LineResult, Probe, ProbeResult, Request, Status, Train
 from lightning_autolr.report.inspect.searches import Candidate, Kind, Piece, Search
 from lightning_autolr.report.trace import Entry
 from lightning_autolr.schedules import Segment
 from lightning_autolr.search.published import forecast_of
+from lightning_autolr.search.range_test import RangeTest
 
 __all__ = ["pieces_of", "range_suggestion", "searches_of"]
 
@@ -68,9 +69,8 @@ def searches_of(
 
 
 def range_suggestion(search: Search) -> RangeSuggestion:
-    """What the climbs of a range test say, by the rule that the run used (the "valley" rule where that is not known)."""
-    said = "" if search.train is None else search.train.reason
-    rule: Rule = next((rule for rule in RULES if said.startswith(f"{rule} rule")), "valley")
+    """What the climbs of a range test say, by the rule that the run used (an older trace has none: the default one)."""
+    rule = next((probe.rule for probe, _ in _probes(search.entries) if probe.rule is not None), RangeTest.rule)
     curves = []
     for climb in _chains(search.entries):
         lrs = [probe.lr * probe.shape(i) for probe, _ in climb for i in range(probe.num_steps)]
