@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ from lightning_autolr.core.requests import (
     TrainResult,
 )
 from lightning_autolr.search.published import PublishedAutoLRS, forecast_of
-from tests.toy import ToyRun, run_toy
+from lightning_autolr.search.range_test import RangeTest
+from tests.toy import Ranged, ToyRun, run_toy
 from tests.zoo import Cliff, Plateau, Quadratic, noisy_quadratic, off_centre
 
 PAPER = PublishedAutoLRS(min_lr=1e-3, max_lr=1e-1)
@@ -217,6 +219,41 @@ def test_a_short_run_with_few_candidates() -> None:
     assert len(run.path) == 60
 
 
+# -- bounds that nobody gave -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "searched"),
+    [
+        ({}, (None, None)),
+        ({"min_lr": 1e-3}, (1e-3, None)),
+        ({"max_lr": 0.5}, (None, 0.5)),
+        ({"max_lr": 1e-5}, (1e-5 / 10, 1e-5)),  # far below where the loss begins to fall
+        ({"min_lr": 50.0}, (50.0, 500.0)),  # far above where it runs away
+    ],
+)
+def test_a_bound_that_is_missing_is_found_and_one_that_is_given_holds(given: Any, searched: Any) -> None:
+    search = PublishedAutoLRS(**given, tau=40, tau_max=40, num_candidates=4, seed=2)
+    test = Ranged(RangeTest(repeats=1, seed=10**6 + 2))
+    climb = run_toy(test, noisy_quadratic()).trace
+    run = run_toy(search, noisy_quadratic(), 40)
+    assert [(q, a) for q, a in run.trace if isinstance(q, Probe) and q.kind == "range test"] == climb
+    assert test.suggestion is not None
+    low, high = (a or b for a, b in zip(searched, test.suggestion.bounds, strict=True))
+    known = run_toy(replace(search, min_lr=low, max_lr=high), noisy_quadratic(), 40)
+    assert [q.lr for q, _ in run.trace[len(climb) :]] == [q.lr for q, _ in known.trace]
+    assert run.losses == known.losses
+    tried = [q.lr for q, _ in probes(known)]
+    assert len(set(tried)) == 4
+    assert low <= min(tried) < max(tried) <= high
+    assert all(train.reason for train in trains(run))
+
+
+def test_the_plan_says_that_there_is_a_range_test() -> None:
+    run = Run(total_steps=1000)
+    assert PublishedAutoLRS().describe(run) == f"a range test of 100 steps, then {PAPER.describe(run)}"
+
+
 # -- what it forecasts ---------------------------------------------------------------------------------------
 
 
@@ -377,6 +414,8 @@ def test_the_seed_decides_the_first_candidates() -> None:
     [
         ({"min_lr": 0.0}, "0 < min_lr <= max_lr"),
         ({"min_lr": 1.0}, "0 < min_lr <= max_lr"),
+        ({"min_lr": -1.0, "max_lr": None}, "0 < min_lr <= max_lr"),
+        ({"min_lr": None, "max_lr": math.nan}, "0 < min_lr <= max_lr"),
         ({"max_lr": math.nan}, "0 < min_lr <= max_lr"),
         ({"max_lr": math.inf}, "0 < min_lr <= max_lr"),
         ({"tau": 0}, "1 <= tau <= tau_max"),
