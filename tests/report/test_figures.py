@@ -176,7 +176,9 @@ def test_schedule_shows_every_step_and_what_was_undone() -> None:
     assert list(looks.get_xdata()) == [0, 4, 8]
     assert list(looks.get_ydata()) == [3.0, 1.0, 4.0]
     assert top.get_yscale() == "log"
-    assert figure.get_suptitle() == "6 steps trained, 8 of private search, 4 undone"
+    assert figure.get_suptitle() == (
+        "10 steps trained, 4 of them undone\n8 private steps of search (80% of the steps trained)"
+    )
 
 
 def test_an_anneal_to_zero_does_not_take_the_whole_axis() -> None:

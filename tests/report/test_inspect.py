@@ -224,6 +224,8 @@ def test_pieces_pair_segments_with_what_was_asked_for() -> None:
 
 def test_tables_say_what_why_and_at_what_cost(tmp_path: Path) -> None:
     text = shown(inspect_run(write(tmp_path, TRACE, SEGMENTS)))
+    assert "10 steps trained, 4 of them undone" in text
+    assert "8 private steps of search (80% of the steps trained)" in text
     for words in ("The best of 4.", "Worse, so undone.", "undone", "best, chosen", "diverged", "± 0.58", "did not end"):
         assert words in text
     rows = [line for line in text.splitlines() if "Worse, so undone." in line]
