@@ -116,7 +116,7 @@ def run(batch_size: int, method: str, lr: float | None, seed: int, epochs: int, 
 
 def warmup_of(trace: list[Entry]) -> dict[str, Any]:
     """How far AutoWU's warm-up went, and what followed."""
-    climb = [e for e in trace if isinstance(e.request, Train) and e.request.label == "warm-up" and not e.request.stage]
+    climb = [e for e in trace if isinstance(e.request, Train) and e.request.kind == "climb"]
     steps = sum(len(e.answer.losses) for e in climb)
     last = climb[-1].request
     after = next(e.request for e in trace if e not in climb and isinstance(e.request, Train))

@@ -131,7 +131,7 @@ class RangeThen(AbstractSearch):
     schedule: Schedule
 
     def requests(self, run: Run) -> Requests:
-        suggestion = yield from RangeTest(repeats=1, rule="edge").measure(run)  # the rule for schedules that decay
+        suggestion = yield from RangeTest(repeats=1, rule="edge").measure()  # the rule for schedules that decay
         left = (run.total_steps or 0) - 100
         yield Train(suggestion.lr or run.lr, left, self.schedule.stretched(left))
 

@@ -502,7 +502,7 @@ class RangeThen(AbstractSearch):
         total = run.total_steps or 0
         steps = max(10, min(100, int(0.08 * total)))
         test = RangeTest(min_lr=1e-6, num_steps=steps, repeats=1, rule="edge")
-        used, measure = 0, test.measure(run)
+        used, measure = 0, test.measure()
         answer: Any = None
         while True:
             try:

@@ -20,10 +20,11 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-# Imported for their names alone: jsonargparse finds the classes it has seen by their short names.
+# The first three for their names alone: jsonargparse finds the classes it has seen by their short names.
 import lightning_autolr.callbacks
 import lightning_autolr.schedules
 import lightning_autolr.tasks  # noqa: F401
+from lightning_autolr.report.trace import account_of
 
 __all__ = ["AutoLRCLI", "main", "resolve"]
 
@@ -98,10 +99,8 @@ def _report(folder: Path, metrics: dict[str, float], steps: int, seconds: float)
     }
     (folder / "result.json").write_text(json.dumps(result, indent=2))
     files = {"schedule": found / "schedule.json", "picture": found / "schedule.png", "trace": found / "trace.jsonl"}
-    undone, private = summary.get("undone_steps", 0), summary.get("probe_steps", 0)
-    taken_back = f" ({undone} of them taken back)" if undone else ""
-    searched = f" and {private} private ones in search" if private else ""
-    print(f"\n{steps} steps of training{taken_back}{searched}, in {seconds:.0f} s.")
+    account = account_of(summary or {"schedule_steps": steps})
+    print(f"\n{'; '.join([*account, f'{seconds:.0f} s in all'])}.")
     for name, value in metrics.items():
         print(f"  {name:<10} {value:.4f}")
     for name, file in {**files, "result": folder / "result.json"}.items():

@@ -55,7 +55,7 @@ trainer.fit(model, DigitsData())
 
 # %%
 for entry in callback.trace:
-    if entry.request.label.startswith("candidate"):
+    if entry.request.kind == "candidate":
         print(f"lr {entry.request.lr:8.4f}   {entry.request.num_steps} steps   loss {entry.answer.loss:.3f}")
 
 # %%

@@ -45,7 +45,7 @@ Trainer(
     enable_model_summary=False,
     enable_checkpointing=False,
 ).fit(model, DigitsData())
-tried = [(e.request.lr, e.answer) for e in callback.trace if e.request.label.startswith("candidate")]
+tried = [(e.request.lr, e.answer) for e in callback.trace if e.request.kind == "candidate"]
 
 # %% [markdown]
 # ## Paired noise

@@ -47,6 +47,7 @@ def test_fit_reports_the_final_metrics_and_where_everything_lies(
 ) -> None:
     result = fit(CONFIGS / "digits/rex.yaml", tmp_path, "--trainer.max_steps=30")
     printed = capsys.readouterr().out
+    assert f"\n30 steps trained; {result['seconds']:.0f} s in all.\n" in printed
     assert result["steps"] == result["schedule_steps"] == 30
     assert result["search_steps"] == 0
     assert result["seconds"] > 0

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_autolr.core.range_rules import RangeSuggestion
 from lightning_autolr.core.requests import (
     Answer,
     Evaluation,
@@ -21,12 +22,14 @@ from lightning_autolr.core.requests import (
     Probe,
     ProbeResult,
     Request,
+    Requests,
     Run,
     Status,
     Train,
     TrainResult,
 )
 from lightning_autolr.search.base import AbstractSearch
+from lightning_autolr.search.range_test import RangeTest
 from tests.zoo import Problem, Vector
 
 REAL, DRAW, VALIDATION, HOLDOUT = range(4)  # where a batch comes from
@@ -105,6 +108,20 @@ def run_toy(
         most_kept=toy.most_kept,
         finished=request is None,
     )
+
+
+@dataclass
+class Ranged(AbstractSearch):
+    """A range test as a search of its own, and with ``apply`` training at what it suggests."""
+
+    test: RangeTest
+    apply: bool = False
+    suggestion: RangeSuggestion | None = None
+
+    def requests(self, run: Run) -> Requests:
+        self.suggestion = yield from self.test.measure()
+        if self.apply and self.suggestion.lr is not None:
+            yield Train(self.suggestion.lr, None, reason=self.suggestion.reason)
 
 
 @dataclass

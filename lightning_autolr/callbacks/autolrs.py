@@ -13,7 +13,7 @@ from lightning_autolr.schedules import Rex, Schedule
 from lightning_autolr.search.autolrs import AutoLRS
 from lightning_autolr.search.autowu import AutoWU
 from lightning_autolr.search.base import AbstractSearch
-from lightning_autolr.search.ranged import PublishedInRange
+from lightning_autolr.search.published import PublishedAutoLRS
 from lightning_autolr.search.ratchet import Ratchet
 
 __all__ = ["AutoLRSCallback"]
@@ -39,7 +39,7 @@ class AutoLRSCallback(SearchCallback):
             None is 4, and 10 as published.
         probe_fraction: "published": steps of a probe as a share of its stage.
         min_lr: lower bound of the learning rate. None: "early" goes as low as it needs, "published" makes a range test first.
-        max_lr: upper bound; likewise.
+        max_lr: upper bound; likewise. with "published" a bound that is found is at least a factor of ten from a given one.
         objective: what scores a candidate: "validation", "holdout" (training batches held out from the probes), or "train":
             its own training losses, which with "early" are those of its second half. "published" forecasts them, and has
             "auto", too: training losses until a stage of ``tau_max`` steps was made, validation losses from then on, as the
@@ -140,7 +140,7 @@ class AutoLRSCallback(SearchCallback):
                 warmup=None if warmup is None else AutoWU(min_lr=min_lr or 1e-5, max_lr=max_lr or 1.0, seed=seed),
             )
         else:
-            self.search = PublishedInRange(
+            self.search = PublishedAutoLRS(
                 min_lr=min_lr,
                 max_lr=max_lr,
                 tau=tau,

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_autolr.core.range_rules import RangeSuggestion, Rule
-from lightning_autolr.core.requests import Probe, Run, encode
+from lightning_autolr.core.requests import Probe, encode
 from lightning_autolr.engine import compat
 from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.engine.figure_log import FigureLog
@@ -126,7 +126,7 @@ class RangeTestCallback(Callback):
     def _test(self, trainer: Any, now: int) -> None:
         lr = LearningRate(trainer.optimizers)
         prober = Prober(trainer, lr, self.options)
-        climbs = self.search.measure(Run(lr=lr.reference))
+        climbs = self.search.measure()
         suggestion: RangeSuggestion | None = None
         try:
             with prober.session():

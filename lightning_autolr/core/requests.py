@@ -4,6 +4,10 @@ A search is a generator: it yields a request (:class:`Probe`, :class:`LineProbe`
 Requests and answers hold ids and plain numbers, never tensors, so the list of (request, answer) pairs *is* the state of a
 search: it is what is written to disk, saved in checkpoints, replayed on resume and drawn in figures.
 
+Requests are equal when they ask for the same work. What only describes it, for people (``label``, ``reason``) or for figures
+and tables (``kind``, ``forecast_horizon``, ``estimator``, ``rule``), is not compared: a run can be resumed by a version that
+words it otherwise, or describes more. Figures and tables never depend on the wording.
+
 All losses are means over ranks. A step is one optimizer step (one batch under manual optimization).
 """
 
@@ -87,6 +91,11 @@ class Probe:
         stop_above: a training loss above this counts as diverged.
         stage: number of the stage, for the trace, figures and progress.
         label: what the user reads in the progress bar.
+        kind: its part in the search, for figures and tables: a "candidate", a "coarse" one for the order of magnitude, a child
+            in a "beam", a piece of a climb of a "range test", or a "look" at the loss of the weights as they are.
+        forecast_horizon: steps after which the loss is forecast, >= 1, where a forecast is the score; None elsewhere.
+        estimator: of that forecast, see :func:`~lightning_autolr.core.forecast.forecast`; None without one.
+        rule: of a range test, see :class:`~lightning_autolr.search.range_test.RangeTest`; None elsewhere.
         release: ids of kept states which are not needed after this request.
     """
 
@@ -103,7 +112,11 @@ class Probe:
     permuted: bool = False
     stop_above: float | None = None
     stage: int = 0
-    label: str = ""
+    label: str = field(default="", compare=False)
+    kind: Literal["candidate", "coarse", "beam", "range test", "look"] = field(default="candidate", compare=False)
+    forecast_horizon: int | None = field(default=None, compare=False)
+    estimator: Literal["bounded", "reference"] | None = field(default=None, compare=False)
+    rule: Literal["steepest", "valley", "minimum", "edge"] | None = field(default=None, compare=False)
     release: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -120,6 +133,8 @@ class Probe:
                 f"Expected two steps or more, and no evaluate_every, with evaluate='train', got {self.num_steps=} and "
                 f"{self.evaluate_every=}."
             )
+        if (self.forecast_horizon is None) != (self.estimator is None):
+            raise ValueError(f"Expected both or neither, got {self.forecast_horizon=} and {self.estimator=}.")
 
 
 @dataclass(frozen=True)
@@ -146,7 +161,7 @@ class LineProbe:
     exact: bool = False
     start: str | None = None
     stage: int = 0
-    label: str = ""
+    label: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         _check_lr(self.lr)
@@ -174,6 +189,7 @@ class Train:
             counted from where that began.
         label: what the user reads.
         reason: one sentence: why this learning rate.
+        kind: for figures: "climb" is AutoWU's warm-up until its minimum is passed, "training" is all the rest.
         release: ids of kept states which are not needed after ``start`` has been restored.
     """
 
@@ -187,8 +203,9 @@ class Train:
     grad_norm: Literal["l1", "l2"] | None = None
     goes_on: bool = False
     stage: int = 0
-    label: str = ""
-    reason: str = ""
+    label: str = field(default="", compare=False)
+    reason: str = field(default="", compare=False)
+    kind: Literal["training", "climb"] = field(default="training", compare=False)
     release: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -321,7 +338,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """Rebuild what :func:`encode` wrote. Lists come back as tuples.
+    """Rebuild what :func:`encode` wrote. Lists come back as tuples; fields that an older version did not write, as defaults.
 
     Raises:
         ValueError: a ``type`` or a field that this version does not know.

@@ -264,7 +264,7 @@ class SearchCallback(Callback):
         self._record.write_summary(self.summary)
         self._record.finish()
         if self.searches:
-            rank_zero_info(f"{type(self).__name__}: {account_of(self.summary, self._record.folder)}")
+            self._say_account()
         self._log_end()
         self._lr.close()
 
@@ -530,6 +530,15 @@ class SearchCallback(Callback):
                 scalars["autolr/search_steps"] = float(cost.steps + cost.steps_undone)
             for logger in trainer.loggers:
                 logger.log_metrics(scalars, step=step)
+
+    def _say_account(self) -> None:
+        """Print what the run took, and what it found."""
+        summary, folder = self.summary, self._record.folder
+        lrs = [f"{lr:.2e}" for lr in summary["learning_rates"]]
+        found = ", ".join(lrs[:12]) + (f" and {len(lrs) - 12} more" if len(lrs) > 12 else "")
+        where = f" It lies in {folder}." if folder else ""
+        account = "; ".join(account_of(summary))
+        rank_zero_info(f"{type(self).__name__}: {account}. Learning rates: {found}.{where}")
 
     def _log_end(self) -> None:
         """Log the figures of the whole run, what the search cost, and with what options."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -148,15 +148,22 @@ def summary_of(segments: list[Segment], cost: Any) -> dict[str, Any]:
     }
 
 
-def account_of(summary: dict[str, Any], folder: str | None = None) -> str:
-    """The account in one sentence or two."""
-    made = summary["schedule_steps"] + summary["undone_steps"]
-    undone = f", of which {summary['undone_steps']} were undone" if summary["undone_steps"] else ""
-    lrs = ", ".join(f"{lr:.2e}" for lr in summary["learning_rates"][:12])
-    more = "" if len(summary["learning_rates"]) <= 12 else f" and {len(summary['learning_rates']) - 12} more"
-    where = f" It lies in {folder}." if folder else ""
-    return (
-        f"{made} steps trained{undone}; {summary['probe_steps']} private steps of search "
-        f"({summary['probe_steps'] / max(1, made):.0%}), {summary['eval_batches']} evaluation batches, "
-        f"{summary['search_seconds']:.1f} s in search. Learning rates: {lrs}{more}.{where}"
-    )
+def account_of(summary: Mapping[str, Any]) -> list[str]:
+    """What a run took, as phrases. Steps of search are the private ones; undone steps were training, and count as trained.
+
+    Args:
+        summary: as :func:`summary_of` makes it; what is 0 or missing is not spoken of.
+
+    >>> account_of({"schedule_steps": 900, "undone_steps": 100, "probe_steps": 50, "search_seconds": 1.5})
+    ['1,000 steps trained, 100 of them undone', '50 private steps of search (5% of the steps trained)', '1.5 s in search']
+    """
+    undone, private = summary.get("undone_steps", 0), summary.get("probe_steps", 0)
+    trained = summary["schedule_steps"] + undone
+    phrases = [f"{trained:,} steps trained" + (f", {undone:,} of them undone" if undone else "")]
+    if private:
+        phrases.append(f"{private:,} private steps of search ({private / max(1, trained):.0%} of the steps trained)")
+    if batches := summary.get("eval_batches", 0):
+        phrases.append(f"{batches:,} evaluation batches")
+    if seconds := summary.get("search_seconds", 0.0):
+        phrases.append(f"{seconds:.1f} s in search")
+    return phrases

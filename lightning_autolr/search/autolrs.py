@@ -229,14 +229,14 @@ class AutoLRS(AbstractSearch):
         plan = self.plan(run.total_steps)
         short = self._ladder(run.lr, _COARSE_STEP, _MOST_COARSE)
         if plan.coarse_steps:
-            yield from self._try(short, run.lr, plan.coarse_steps, _MOST_COARSE, "coarse candidate")
+            yield from self._try(short, run.lr, plan.coarse_steps, _MOST_COARSE, "coarse")
         start = short.best / self.step if short.results else run.lr  # longer candidates like lower rates: begin below
         if self._is_short(self._length(run.total_steps)):
             long = self._ladder(start, _COARSE_STEP, self.num_candidates)
         else:
             long = self._ladder(start, self.step, self.num_candidates, short.limit, widen_after=3)
         length = self._probe_steps(self._length(run.total_steps), len(short.results) * plan.coarse_steps)
-        yield from self._try(long, start, length, self.num_candidates, "candidate", refines=True)
+        yield from self._try(long, start, length, self.num_candidates, "candidate")
         best, reason = long.choose(start)
         caution, why, asked = yield from self._caution(long, length)
         lr, limit = min(max(best / caution, self.min_lr or 0.0), self.max_lr or math.inf), long.limit
@@ -262,9 +262,10 @@ class AutoLRS(AbstractSearch):
         return Ladder(low, high, step, limit, widen_after)
 
     def _try(
-        self, ladder: Ladder, start: float, num_steps: int, most: int, name: str, refines: bool = False
+        self, ladder: Ladder, start: float, num_steps: int, most: int, kind: Literal["candidate", "coarse"]
     ) -> Requests:
-        """Candidates until the best is bracketed, and then, if wanted, until the Gaussian process expects no gain."""
+        """Candidates until the best is bracketed, and then, if not coarse, until the Gaussian process expects no gain."""
+        name = "coarse candidate" if kind == "coarse" else "candidate"
         lr: float | None = ladder.clip(start)
         note = ""
         while lr is not None and len(ladder.results) < most and ladder.low < ladder.high:
@@ -276,10 +277,11 @@ class AutoLRS(AbstractSearch):
                 evaluate=self.evaluate or ("train" if num_steps >= _STEADY else "validation"),
                 stop_above=ladder.limit,
                 label=f"{name} {len(ladder.results) + 1} of at most {most}, lr {lr:.2g}{note}",
+                kind=kind,
             )
             ladder.add(lr, result)
             lr = ladder.climb()
-            if lr is None and refines and (suggestion := ladder.refine()) is not None:
+            if lr is None and kind == "candidate" and (suggestion := ladder.refine()) is not None:
                 lr, note = suggestion.lr, suggestion.reason and f" ({suggestion.reason})"
 
     def _caution(self, ladder: Ladder, length: int) -> Generator[Request, Any, tuple[float, str, int]]:

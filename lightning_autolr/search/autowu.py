@@ -226,6 +226,7 @@ class AutoWU(AbstractSearch):
                 stop_above=None if watch is None else math.inf,
                 label="warm-up",
                 reason="The learning rate grows until the training loss has passed its minimum.",
+                kind="climb",
                 release=(kept,) if keep and kept is not None else (),
             )
             if not answer.losses:

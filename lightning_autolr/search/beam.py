@@ -248,6 +248,7 @@ class _Round:
             evaluate="none" if score == "running" else score,
             stage=self.number,
             label=f"beam search, round {self.number + 1}, {what} of {self.num_children}, lr {child.lr:.2g}",
+            kind="beam",
             release=self.kept.give_up(needed),
         )
         self.kept.add(answer.end)

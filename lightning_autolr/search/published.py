@@ -13,12 +13,15 @@ from lightning_autolr.core.requests import Probe, ProbeResult, Request, Requests
 from lightning_autolr.core.surrogate import Observation, suggest
 from lightning_autolr.schedules import Constant, Warmup
 from lightning_autolr.search.base import AbstractSearch
+from lightning_autolr.search.range_test import RangeTest
 
-__all__ = ["PublishedAutoLRS", "Stage"]
+__all__ = ["PublishedAutoLRS", "Stage", "forecast_of"]
 
 Signal = Literal["train", "validation", "holdout"]
 
 _EVALUATIONS = 16  # of each candidate, where held-out losses are forecast
+_TEST_DRAW = 10**6  # of the range test, beyond the draws of all stages
+_NARROWEST = 10.0  # ratio of the bounds, when one of them is found
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,10 @@ class PublishedAutoLRS(AbstractSearch):
     constant to the end of a stage and of the run, as published.
 
     Args:
-        min_lr: smallest learning rate, > 0.
-        max_lr: largest learning rate. If it equals ``min_lr`` there is nothing to search for.
+        min_lr: smallest learning rate, > 0. None finds it by a :class:`~lightning_autolr.search.range_test.RangeTest` of one
+            climb, before the first step: a tenth of ``max_lr`` at most, if that is given.
+        max_lr: largest learning rate. If it equals ``min_lr`` there is nothing to search for. None finds it likewise: ten
+            times ``min_lr`` at least, if that is given.
         tau: steps of the first stage, >= 1.
         tau_max: steps of the longest stage, >= ``tau``.
         num_candidates: k >= 1; 1 leaves no choice, and the middle of the (logarithmic) range is taken without search.
@@ -113,8 +118,8 @@ class PublishedAutoLRS(AbstractSearch):
     Bayesian Optimization on the Fly", ICLR 2021, arXiv 2105.10762.
     """
 
-    min_lr: float
-    max_lr: float
+    min_lr: float | None = None
+    max_lr: float | None = None
     tau: int = 1000
     tau_max: int = 8000
     num_candidates: int = 10
@@ -127,7 +132,8 @@ class PublishedAutoLRS(AbstractSearch):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.min_lr <= self.max_lr < math.inf:
+        low, high = self._bounds
+        if not 0 < low <= high < math.inf:
             raise ValueError(f"Expected 0 < min_lr <= max_lr, both finite, got {self.min_lr=} and {self.max_lr=}.")
         if not 1 <= self.tau <= self.tau_max:
             raise ValueError(f"Expected 1 <= tau <= tau_max, got {self.tau=} and {self.tau_max=}.")
@@ -145,6 +151,20 @@ class PublishedAutoLRS(AbstractSearch):
             raise ValueError(f"Expected warmup_steps >= 0, warmup_lr > 0, got {self.warmup_steps=}, {self.warmup_lr=}.")
         if self.seed < 0:
             raise ValueError(f"Expected seed >= 0, got {self.seed=}.")
+
+    @property
+    def _bounds(self) -> tuple[float, float]:
+        """Lower and upper bound; as long as one has to be found, the ladder's end stands for it in checks and plans."""
+        return self._bounds_within((RangeTest.min_lr, RangeTest.max_lr))
+
+    def _bounds_within(self, found: tuple[float, float]) -> tuple[float, float]:
+        """The bounds that were given, the others out of what was found.
+
+        A given bound may lie beyond all that was found. It holds, and the other one leaves room for a search.
+        """
+        low = found[0] if self.max_lr is None else min(found[0], self.max_lr / _NARROWEST)
+        high = found[1] if self.min_lr is None else max(found[1], self.min_lr * _NARROWEST)
+        return (low if self.min_lr is None else self.min_lr, high if self.max_lr is None else self.max_lr)
 
     # -- the plan ---------------------------------------------------------------------------------------------------
 
@@ -184,7 +204,8 @@ class PublishedAutoLRS(AbstractSearch):
         else:
             signal = self.objective
         probe_steps = max(1, round(self.probe_fraction * tau))
-        search = self.num_candidates > 1 and self.min_lr < self.max_lr and probe_steps < tau
+        low, high = self._bounds
+        search = self.num_candidates > 1 and low < high and probe_steps < tau
         return Stage(number, tau, tau, self.num_candidates if search else 0, probe_steps, signal)
 
     def _cost(self, stage: Stage, run: Run) -> int:
@@ -210,18 +231,25 @@ class PublishedAutoLRS(AbstractSearch):
     # -- the search -------------------------------------------------------------------------------------------------
 
     def describe(self, run: Run) -> str:
-        """The first stages and their cost."""
+        """The range test, the first stages and their cost."""
+        test = f"a range test of {RangeTest.num_steps} steps, then " if None in (self.min_lr, self.max_lr) else ""
         stages = list(itertools.islice(self.plan(run), 4))
         sizes = ", ".join(f"{s.search_steps} + {s.num_steps:g}" for s in stages)
-        return f"stages of search + training steps: {sizes}{'' if stages and stages[-1].is_last else ', ...'}."
+        return f"{test}stages of search + training steps: {sizes}{'' if stages and stages[-1].is_last else ', ...'}."
 
     def requests(self, run: Run) -> Requests:
-        """Warm up; then search and train, stage by stage, until the run ends."""
+        """Find the bounds that are missing; warm up; then search and train, stage by stage, until the run ends."""
         if self.objective == "validation" and not run.has_validation:
             raise ValueError(
                 "Expected validation batches for objective='validation', got none: use 'train' or 'holdout'."
             )
-        known = _Known(left=self._steps_after_warmup(run), lr=math.sqrt(self.min_lr * self.max_lr), max_lr=self.max_lr)
+        left = self._steps_after_warmup(run)
+        if self.min_lr is None or self.max_lr is None:
+            found = yield from RangeTest(repeats=1, seed=_TEST_DRAW + self.seed).measure()
+            low, high = self._bounds_within(found.bounds)
+            yield from replace(self, min_lr=low, max_lr=high).requests(run)
+            return
+        known = _Known(left, math.sqrt(self.min_lr * self.max_lr), self.min_lr, self.max_lr)
         if self.warmup_steps:
             ramp = Warmup(Constant(), self.warmup_steps - 1, start=1 / self.warmup_steps)  # (s + 1) / W at step s
             lr = self.warmup_lr or self.max_lr
@@ -230,7 +258,7 @@ class PublishedAutoLRS(AbstractSearch):
             if known.left < 1:
                 return
             stage = self._stage(number, known.left, run)
-            if stage.num_candidates and known.max_lr <= self.min_lr:
+            if stage.num_candidates and known.max_lr <= known.min_lr:
                 stage = replace(stage, num_candidates=0, note="all higher rates diverged: no search")
             candidates = yield from self._search(stage, known, run)
             yield from self._train(stage, candidates, known, run)
@@ -241,10 +269,10 @@ class PublishedAutoLRS(AbstractSearch):
         candidates: list[_Candidate] = []
         for i in range(stage.num_candidates):
             suggestion = suggest(
-                observations, (self.min_lr, known.max_lr), kappa=self.kappa, seed=self.seed + 1000 * stage.number
+                observations, (known.min_lr, known.max_lr), kappa=self.kappa, seed=self.seed + 1000 * stage.number
             )
             label = f"stage {stage.number + 1}, candidate {i + 1}/{stage.num_candidates}"
-            result: ProbeResult = yield Probe(
+            probe = Probe(
                 lr=suggestion.lr,
                 num_steps=stage.probe_steps,
                 draw=self.seed + stage.number,
@@ -252,33 +280,24 @@ class PublishedAutoLRS(AbstractSearch):
                 evaluate_every=None if stage.signal == "train" else _evaluate_every(stage),
                 stage=stage.number,
                 label=f"{label} ({suggestion.reason})" if observations and suggestion.reason else label,
+                forecast_horizon=stage.tau,
+                estimator=self.estimator,
                 release=known.give_up(),
             )
+            result: ProbeResult = yield probe
             if not observations:
                 known.note_start(result.losses)
             if run.count_search:
                 known.left -= result.num_steps
-            score = self.forecast(stage, result)
+            score = forecast_of(probe, result)
             candidates.append(_Candidate(suggestion.lr, score))
             # A training loss above the limit is as bad as divergence; as a number it would make all others look equal.
             explodes = stage.signal == "train" and known.limit is not None and score.value > known.limit
             observations.append(Observation(suggestion.lr, math.inf if explodes else score.value))
         good = [c for c in candidates if math.isfinite(c.forecast.value)]
         if candidates and not good:
-            known.max_lr = self._below(min(c.lr for c in candidates))
+            known.exclude(min(c.lr for c in candidates))
         return sorted(good, key=lambda c: (c.forecast.value, c.forecast.tail))
-
-    def forecast(self, stage: Stage, result: ProbeResult) -> Forecast:
-        """What the loss would be at the end of the stage, after the steps of a probe; inf if the probe diverged."""
-        if result.status is Status.DIVERGED:
-            return Forecast(value=math.inf, tail=math.inf, reason="the candidate diverged")
-        if stage.signal == "train":
-            return forecast(result.losses, stage.tau, estimator=self.estimator)
-        # Evaluation i comes after (i + 1) * every steps, which gives the end of the stage this index. The published
-        # code asks for one evaluation later.
-        every = _evaluate_every(stage)
-        losses = [evaluation.mean for evaluation in result.evaluations if evaluation.step % every == 0]
-        return forecast(losses, stage.tau / every - 1, estimator=self.estimator, single_outlier=True)
 
     def _train(
         self, stage: Stage, candidates: list[_Candidate], known: _Known, run: Run
@@ -291,11 +310,11 @@ class PublishedAutoLRS(AbstractSearch):
                 f"lowest forecast after {stage.tau} steps: {candidates[0].forecast.value:.4g}. {stage.note}".strip()
             )
         elif stage.num_candidates:
-            lr = max(self.min_lr, min(known.lr / 10, known.max_lr) if stage.number else 0.0)
+            lr = max(known.min_lr, min(known.lr / 10, known.max_lr) if stage.number else 0.0)
             reason = f"all {stage.num_candidates} candidates diverged"
         undo: str | None = None
         for failures in itertools.count():
-            guarded = stage.num_candidates > 0 and (failures == 0 or lr > self.min_lr)
+            guarded = stage.num_candidates > 0 and (failures == 0 or lr > known.min_lr)
             num_steps = min(stage.num_steps, known.left)
             to_the_end = num_steps == known.left and not run.count_search
             answer: TrainResult = yield Train(
@@ -313,15 +332,31 @@ class PublishedAutoLRS(AbstractSearch):
             known.left -= num_steps if answer.status is Status.OK else len(answer.losses)
             if answer.status is Status.OK or known.left < 1:
                 break
-            known.max_lr = self._below(lr)
+            known.exclude(lr)
             second = next((c for c in candidates if c.lr < lr), None) if failures == 0 else None
             reason = f"{lr:.3g} diverged at step {len(answer.losses)}: {'the next best' if second else 'a lower'} one"
-            lr = second.lr if second else max(self.min_lr, lr / 10)
+            lr = second.lr if second else max(known.min_lr, lr / 10)
         known.lr = lr
         known.undo = () if undo is None else (undo,)
 
-    def _below(self, diverged: float) -> float:
-        return max(self.min_lr, diverged / 2)
+
+def forecast_of(probe: Probe, result: ProbeResult) -> Forecast:
+    """What the loss would be after ``probe.forecast_horizon`` steps; inf if the probe diverged.
+
+    Raises:
+        ValueError: the probe is not scored by a forecast.
+    """
+    if probe.forecast_horizon is None or probe.estimator is None:
+        raise ValueError(f"Expected a probe with forecast_horizon and estimator, got {probe}.")
+    if result.status is Status.DIVERGED:
+        return Forecast(value=math.inf, tail=math.inf, reason="the candidate diverged")
+    every = probe.evaluate_every
+    if every is None:
+        return forecast(result.losses, probe.forecast_horizon, estimator=probe.estimator)
+    # Evaluation i comes after (i + 1) * every steps, which gives the horizon this index. The published code asks for one
+    # evaluation later.
+    losses = [evaluation.mean for evaluation in result.evaluations if evaluation.step % every == 0]
+    return forecast(losses, probe.forecast_horizon / every - 1, estimator=probe.estimator, single_outlier=True)
 
 
 def _evaluate_every(stage: Stage) -> int:
@@ -335,6 +370,7 @@ class _Known:
     Args:
         left: steps that are left of the run.
         lr: learning rate of the last stage.
+        min_lr: lower bound for candidates.
         max_lr: upper bound for candidates.
         first_loss: training loss at the start of the first stage.
         start_loss: training loss at the start of this stage.
@@ -343,6 +379,7 @@ class _Known:
 
     left: float
     lr: float
+    min_lr: float
     max_lr: float
     first_loss: float | None = None
     start_loss: float | None = None
@@ -353,6 +390,10 @@ class _Known:
         if losses and math.isfinite(losses[0]):
             self.start_loss = losses[0]
             self.first_loss = losses[0] if self.first_loss is None else self.first_loss
+
+    def exclude(self, diverged: float) -> None:
+        """Later candidates stay below half of a learning rate that diverged."""
+        self.max_lr = max(self.min_lr, diverged / 2)
 
     @property
     def limit(self) -> float | None:

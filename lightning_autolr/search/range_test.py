@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,22 +18,21 @@ from lightning_autolr.core.range_rules import (
     ladder,
     suggest,
 )
-from lightning_autolr.core.requests import Answer, Probe, ProbeResult, Request, Requests, Run, Status, Train
+from lightning_autolr.core.requests import Probe, ProbeResult, Request, Status
 from lightning_autolr.schedules import Exponential, Points
-from lightning_autolr.search.base import AbstractSearch
 
 __all__ = ["RangeTest"]
 
 
 @dataclass(frozen=True)
-class RangeTest(AbstractSearch):
+class RangeTest:
     """Train privately while the learning rate climbs, several times, and suggest a learning rate with its interval.
 
     The climb is made in chunks, each going on from the end of the one before, so that it stops soon after the loss ran
-    away. At most ``repeats * num_steps`` private steps, and two kept states at a time. It can be made at any moment of
-    a run, and by other searches::
+    away. At most ``repeats * num_steps`` private steps, and two kept states at a time. Searches make it at any moment of
+    a run::
 
-        suggestion = yield from RangeTest(repeats=1).measure(run)
+        suggestion = yield from RangeTest(repeats=1).measure()
         lower, upper = suggestion.bounds
 
     Differs from Lightning's finder (2.6): slopes are taken over the logarithm of the learning rate; the loss is the one
@@ -52,14 +51,12 @@ class RangeTest(AbstractSearch):
             of the main fall, and "steepest", its steepest point, are mostly near "minimum" and vary more.
         width: half the window of the smoothing, in decades, > 0.
         chunk: steps between two looks at the loss, >= 1.
-        apply: train at the suggestion afterwards, until the run ends.
         seed: number of the first climb's draw of batches.
-        stage: number of the stage, for the trace.
 
     Raises:
         ValueError: options out of range.
 
-    >>> requests = RangeTest(min_lr=1e-4, max_lr=1.0, num_steps=20, repeats=1).requests(Run())
+    >>> requests = RangeTest(min_lr=1e-4, max_lr=1.0, num_steps=20, repeats=1).measure()
     >>> first = next(requests)
     >>> first.lr, first.num_steps, first.evaluate
     (0.0001, 10, 'none')
@@ -76,9 +73,7 @@ class RangeTest(AbstractSearch):
     rule: Rule = "minimum"
     width: float = 0.4
     chunk: int = 10
-    apply: bool = False
     seed: int = 0
-    stage: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.min_lr < self.max_lr < math.inf:
@@ -93,28 +88,8 @@ class RangeTest(AbstractSearch):
         if not self.width > 0:
             raise ValueError(f"Expected width > 0, got {self.width=}.")
 
-    def requests(self, run: Run) -> Requests:
-        """The climbs; then, with ``apply`` and if there is a suggestion, training at it to the end of the run."""
-        suggestion = yield from self.measure(run)
-        if self.apply and suggestion.lr is not None:
-            yield Train(
-                lr=suggestion.lr, num_steps=None, stage=self.stage, label="range test", reason=suggestion.reason
-            )
-
-    def conclude(self, run: Run, answers: Iterable[Answer]) -> RangeSuggestion | None:
-        """The suggestion out of the recorded answers to :meth:`requests`; None if they end before it."""
-        requests = self.measure(run)
-        try:
-            next(requests)
-            for answer in answers:
-                requests.send(answer)
-        except StopIteration as stop:
-            suggestion: RangeSuggestion = stop.value
-            return suggestion
-        return None
-
-    def measure(self, run: Run) -> Generator[Request, Any, RangeSuggestion]:
-        """The climbs alone; nothing is kept when they are over."""
+    def measure(self) -> Generator[Request, Any, RangeSuggestion]:
+        """Yield the climbs, return what they say; nothing is kept when they are over."""
         curves: list[RangeCurve] = []
         left_over: str | None = None
         lrs = ladder(self.min_lr, self.max_lr, self.num_steps, self.mode).tolist()
@@ -132,8 +107,9 @@ class RangeTest(AbstractSearch):
                     start=start,
                     keep_end=position + steps < self.num_steps,
                     evaluate="none",
-                    stage=self.stage,
                     label=f"range test {repeat + 1} of {self.repeats}, lr {lrs[position]:.2g}",
+                    kind="range test",
+                    rule=self.rule,
                     release=tuple(name for name in (start, left_over) if name is not None),
                 )
                 start, left_over = answer.end, None
@@ -145,9 +121,7 @@ class RangeTest(AbstractSearch):
             left_over = start
             curves.append(RangeCurve.measured(lrs, losses, self.width))
         if left_over is not None:
-            yield Probe(
-                lr=self.min_lr, num_steps=0, evaluate="none", stage=self.stage, label="range test", release=(left_over,)
-            )
+            yield Probe(self.min_lr, 0, evaluate="none", label="range test", kind="range test", release=(left_over,))
         return suggest(curves, self.rule)
 
     def _shape(self, lrs: list[float], position: int) -> Exponential | Points:

@@ -302,7 +302,7 @@ class _Watch:
 
     def _look(self) -> Probe:
         evaluate = self.ratchet.evaluate or "validation"
-        return Probe(lr=1.0, num_steps=0, draw=LOOK, evaluate=evaluate, update_bn=True, label="ratchet")
+        return Probe(lr=1.0, num_steps=0, draw=LOOK, evaluate=evaluate, update_bn=True, label="ratchet", kind="look")
 
     def _kept_is_lower(self) -> Generator[Request, Any, bool]:
         """Whether the kept weights have the lower loss as they are: the run may end with their running statistics."""

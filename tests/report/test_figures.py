@@ -51,6 +51,7 @@ from lightning_autolr.search.factors import FactorSearch
 from lightning_autolr.search.fixed import Fixed
 from lightning_autolr.search.range_test import RangeTest
 from tests.report.traces import by_hand, entries_of, probe, recorded, segments_of
+from tests.toy import Ranged
 from tests.zoo import noisy_quadratic, off_centre
 
 PAIRS = by_hand()
@@ -62,8 +63,7 @@ class Warmup(AbstractSearch):
 
     def requests(self, run: Run) -> Requests:
         for i in range(4):
-            reason = "The learning rate grows until the training loss has passed its minimum."
-            yield Train(1e-3 * 2**i, 10, label="warm-up", reason=reason)
+            yield Train(1e-3 * 2**i, 10, kind="climb")
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def candidates(trace: Sequence[Entry] = TRACE) -> Search:
         (Fixed(Linear(), 0.1), {"schedule"}),
         (BeamSearch(beam_size=1, factors=(2, 0.5), interval=4), {"schedule", "beam"}),
         (FactorSearch(factors=(2, 1, 0.5), every=4), {"schedule", "factors"}),
-        (RangeTest(1e-4, 8.0, 20, repeats=1), {"range_test_000"}),
+        (Ranged(RangeTest(1e-4, 8.0, 20, repeats=1)), {"range_test_000"}),
         (Warmup(), {"schedule", "autowu"}),
     ],
 )
@@ -176,7 +176,9 @@ def test_schedule_shows_every_step_and_what_was_undone() -> None:
     assert list(looks.get_xdata()) == [0, 4, 8]
     assert list(looks.get_ydata()) == [3.0, 1.0, 4.0]
     assert top.get_yscale() == "log"
-    assert figure.get_suptitle() == "6 steps trained, 8 of private search, 4 undone"
+    assert figure.get_suptitle() == (
+        "10 steps trained, 4 of them undone\n8 private steps of search (80% of the steps trained)"
+    )
 
 
 def test_an_anneal_to_zero_does_not_take_the_whole_axis() -> None:
@@ -227,10 +229,8 @@ def test_factors_are_scored_column_by_column() -> None:
 def test_autowu_shows_the_minimum_and_the_switch() -> None:
     steps = np.arange(200)
     losses = (steps / 100 - 1.2) ** 2 + 1  # its minimum is at step 120
-    ramp = "The learning rate grows until the training loss has passed its minimum."
     pairs = [
-        (Train(10.0 ** (i - 5), 50, label="warm-up", reason=ramp), TrainResult(tuple(losses[50 * i : 50 * i + 50])))
-        for i in range(4)
+        (Train(10.0 ** (i - 5), 50, kind="climb"), TrainResult(tuple(losses[50 * i : 50 * i + 50]))) for i in range(4)
     ]
     pairs.append((Train(0.003, None, label="decay"), TrainResult(tuple(np.ones(100)))))
     top, middle, bottom = autowu_figure(pieces_of(entries_of(pairs), segments_of(pairs))).axes
@@ -275,9 +275,12 @@ def test_stage_without_enough_for_a_process() -> None:
 
 
 def test_probes_end_in_their_forecasts() -> None:
-    losses = tuple(2 * np.exp(-0.05 * np.arange(40)) + 0.5)
-    pairs = [(Probe(lr, 40, evaluate="none"), ProbeResult(tuple(x + lr for x in losses))) for lr in (0.1, 0.2)]
-    pairs.append((Train(0.1, 400, reason="lowest forecast after 400 steps: 0.6."), TrainResult((1.0,))))
+    losses = 2 * np.exp(-0.05 * np.arange(40)) + 0.5
+    pairs = [
+        (Probe(lr, 40, evaluate="none", forecast_horizon=400, estimator="bounded"), ProbeResult(tuple(losses + lr)))
+        for lr in (0.1, 0.2)
+    ]
+    pairs.append((Train(0.1, 400), TrainResult((1.0,))))
     axes, bar = probes_figure(candidates(entries_of(pairs))).axes
     ends = [x for x in axes.lines if x.get_marker() == "D"]
     assert [(list(x.get_xdata()), list(x.get_ydata())) for x in ends] == [
@@ -308,7 +311,7 @@ def test_figures_say_what_scored_the_candidates(evaluate: Any, name: str) -> Non
 
 
 def test_range_test_shows_every_climb_and_the_interval() -> None:
-    trace, _ = recorded(RangeTest(1e-4, 8.0, 60, repeats=2), noisy_quadratic())
+    trace, _ = recorded(Ranged(RangeTest(1e-4, 8.0, 60, repeats=2)), noisy_quadratic())
     suggestion = range_suggestion(searches_of(trace)[0])
     (axes,) = range_test_figure(suggestion).axes
     assert sum(len(x.get_xdata()) > 10 for x in axes.lines) == 4  # as measured, and smoothed
@@ -337,10 +340,10 @@ STRANGE = {
     "no step at all": [(LineProbe(0.1, (0.0, 2.0, 0.5)), LineResult(0.9, (1.0, 0.5, 0.7)))],
     "one factor": [(LineProbe(0.1, (2.0,)), LineResult(1.0, (0.5,)))],
     "climb that ran away at once": [
-        (Probe(1.0, 10, evaluate="none", label="range test 1 of 1"), ProbeResult((1.0, NAN), (), Status.DIVERGED))
+        (Probe(1.0, 10, evaluate="none", kind="range test"), ProbeResult((1.0, NAN), (), Status.DIVERGED))
     ],
     "beam of failures": [
-        (Probe(lr, 2, evaluate="none", label="beam search, round 1"), ProbeResult((NAN,), (), Status.DIVERGED))
+        (Probe(lr, 2, evaluate="none", kind="beam"), ProbeResult((NAN,), (), Status.DIVERGED))
         for lr in (0.1, 0.2)
     ],
 }  # fmt: skip

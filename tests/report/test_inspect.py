@@ -7,15 +7,17 @@ import io
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from lightning_autolr.core.range_rules import RangeSuggestion
-from lightning_autolr.core.requests import LineProbe, Probe, ProbeResult, Status, Train, TrainResult, encode
+from lightning_autolr.core.range_rules import RULES, RangeSuggestion, Rule
+from lightning_autolr.core.requests import LineProbe, Probe, ProbeResult, Request, Status, Train, TrainResult, encode
 from lightning_autolr.core.surrogate import Observation, Suggestion
+from lightning_autolr.report.figures import drawings_of
 from lightning_autolr.report.inspect import (
     Inspection,
     inspect_run,
@@ -27,11 +29,14 @@ from lightning_autolr.report.inspect import (
 from lightning_autolr.report.trace import Entry
 from lightning_autolr.schedules import Points, Segment, Shifted, Tabulated
 from lightning_autolr.search import published
+from lightning_autolr.search.autolrs import AutoLRS
+from lightning_autolr.search.autowu import AutoWU
+from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.beam import BeamSearch
 from lightning_autolr.search.factors import FactorSearch
 from lightning_autolr.search.range_test import RangeTest
 from tests.report.traces import by_hand, entries_of, recorded, segments_of
-from tests.toy import run_toy
+from tests.toy import Ranged, run_toy
 from tests.zoo import noisy_quadratic, off_centre
 
 PAIRS = by_hand()
@@ -146,18 +151,47 @@ def test_factors_are_learning_rates(options: dict[str, Any], has_base: bool) -> 
     assert [s.step for s in searches] == [0, 5, 10]
 
 
-@pytest.mark.parametrize("rule", ["steepest", "valley", "edge"])
-def test_range_test_says_again_what_it_said(rule: str) -> None:
-    search = RangeTest(1e-4, 8.0, 60, repeats=2, rule=rule, apply=True)
-    run = run_toy(search, noisy_quadratic(), 10)
-    trace = entries_of(run.trace)
-    (found,) = [s for s in searches_of(trace) if s.kind == "range test"]
+@pytest.mark.parametrize("rule", RULES)
+def test_range_test_says_again_what_it_said(rule: Rule) -> None:
+    search = Ranged(RangeTest(1e-4, 8.0, 60, repeats=2, rule=rule))
+    trace, _ = recorded(search, noisy_quadratic(), 10)
+    (found,) = searches_of(trace)
     assert len(found.candidates) == 2
-    train = trace[-1].request
-    assert isinstance(train, Train)
-    suggestion = range_suggestion(found)
-    assert suggestion.lr == pytest.approx(train.lr)
-    assert suggestion.reason == train.reason
+    assert search.suggestion is not None
+    assert range_suggestion(found).lr == pytest.approx(search.suggestion.lr)
+    assert range_suggestion(found).reason == search.suggestion.reason
+
+
+@pytest.mark.parametrize(
+    ("search", "figures"),
+    [
+        (AutoLRS(), {"schedule", "coarse_candidates", "coarse_probes", "candidates", "probes"}),
+        (published.PublishedAutoLRS(1e-2, 0.3, tau=400, num_candidates=2), {"schedule", "candidates", "probes"}),
+        (AutoWU(1e-3, num_tests=1, patience=1), {"schedule", "autowu"}),
+        (BeamSearch(interval=40), {"schedule", "beam"}),
+        (FactorSearch(every=40), {"schedule", "factors"}),
+        (Ranged(RangeTest(1e-4, 8.0, 60, repeats=2, rule="edge"), apply=True), {"schedule", "range_test"}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_nothing_is_read_out_of_labels_and_reasons(search: AbstractSearch, figures: set[str]) -> None:
+    trace, segments = recorded(search, noisy_quadratic(), 400, lr=0.01)
+    wordless = [replace(entry, request=reworded(entry.request)) for entry in trace]
+    assert [entry.request for entry in wordless] == [entry.request for entry in trace]  # nor compared on resume
+    kinds = [{name.rstrip("_0123456789") for name in drawings_of(t, segments)} for t in (trace, wordless)]
+    assert kinds == [figures, figures]
+    words = {"label": "x", "reason": "x"}
+    first, second = (Inspection(Path(), tuple(t), tuple(segments)) for t in (trace, wordless))
+    assert [{**row, **words} for row in first.rows()] == [{**row, **words} for row in second.rows()]
+    assert cells_without_words(first) == cells_without_words(second)
+
+
+def reworded(request: Request) -> Request:
+    return replace(request, label="x", reason="x") if isinstance(request, Train) else replace(request, label="x")
+
+
+def cells_without_words(inspection: Inspection) -> list[list[Any]]:
+    return [list(column.cells) for table in inspection.tables() for column in table.columns if column.header != "why"]
 
 
 # -- tables -------------------------------------------------------------------------------------------------------------
@@ -190,6 +224,8 @@ def test_pieces_pair_segments_with_what_was_asked_for() -> None:
 
 def test_tables_say_what_why_and_at_what_cost(tmp_path: Path) -> None:
     text = shown(inspect_run(write(tmp_path, TRACE, SEGMENTS)))
+    assert "10 steps trained, 4 of them undone" in text
+    assert "8 private steps of search (80% of the steps trained)" in text
     for words in ("The best of 4.", "Worse, so undone.", "undone", "best, chosen", "diverged", "± 0.58", "did not end"):
         assert words in text
     rows = [line for line in text.splitlines() if "Worse, so undone." in line]
@@ -257,9 +293,8 @@ def test_a_trace_of_autowu_can_be_read(tmp_path: Path) -> None:
 
 
 def test_range_tests_of_the_callback(tmp_path: Path) -> None:
-    search = RangeTest(1e-4, 2.0, 60, repeats=2)
-    run = run_toy(search, off_centre(), 10)
-    suggestion = range_suggestion(searches_of(entries_of(run.trace))[0])
+    trace, _ = recorded(Ranged(RangeTest(1e-4, 2.0, 60, repeats=2)), off_centre(), 10)
+    suggestion = range_suggestion(searches_of(trace)[0])
     tests = [{"at": 3, "unit": "epoch", "suggestion": encode(suggestion)}]
     (tmp_path / "range_test.json").write_text(json.dumps(tests))
     inspection = inspect_run(tmp_path)

@@ -54,7 +54,7 @@ def diverged(lr: float, losses: Sequence[float]) -> tuple[Probe, ProbeResult]:
     return Probe(lr, len(losses)), ProbeResult(tuple(losses), (), Status.DIVERGED)
 
 
-LOOK = Probe(1.0, 0, label="ratchet")
+LOOK = Probe(1.0, 0, label="ratchet", kind="look")
 
 
 def by_hand() -> list[tuple[Request, Answer]]:

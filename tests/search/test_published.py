@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ from lightning_autolr.core.requests import (
     Train,
     TrainResult,
 )
-from lightning_autolr.search.published import PublishedAutoLRS
-from tests.toy import ToyRun, run_toy
+from lightning_autolr.search.published import PublishedAutoLRS, forecast_of
+from lightning_autolr.search.range_test import RangeTest
+from tests.toy import Ranged, ToyRun, run_toy
 from tests.zoo import Cliff, Plateau, Quadratic, noisy_quadratic, off_centre
 
 PAPER = PublishedAutoLRS(min_lr=1e-3, max_lr=1e-1)
@@ -217,6 +219,41 @@ def test_a_short_run_with_few_candidates() -> None:
     assert len(run.path) == 60
 
 
+# -- bounds that nobody gave -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "searched"),
+    [
+        ({}, (None, None)),
+        ({"min_lr": 1e-3}, (1e-3, None)),
+        ({"max_lr": 0.5}, (None, 0.5)),
+        ({"max_lr": 1e-5}, (1e-5 / 10, 1e-5)),  # far below where the loss begins to fall
+        ({"min_lr": 50.0}, (50.0, 500.0)),  # far above where it runs away
+    ],
+)
+def test_a_bound_that_is_missing_is_found_and_one_that_is_given_holds(given: Any, searched: Any) -> None:
+    search = PublishedAutoLRS(**given, tau=40, tau_max=40, num_candidates=4, seed=2)
+    test = Ranged(RangeTest(repeats=1, seed=10**6 + 2))
+    climb = run_toy(test, noisy_quadratic()).trace
+    run = run_toy(search, noisy_quadratic(), 40)
+    assert [(q, a) for q, a in run.trace if isinstance(q, Probe) and q.kind == "range test"] == climb
+    assert test.suggestion is not None
+    low, high = (a or b for a, b in zip(searched, test.suggestion.bounds, strict=True))
+    known = run_toy(replace(search, min_lr=low, max_lr=high), noisy_quadratic(), 40)
+    assert [q.lr for q, _ in run.trace[len(climb) :]] == [q.lr for q, _ in known.trace]
+    assert run.losses == known.losses
+    tried = [q.lr for q, _ in probes(known)]
+    assert len(set(tried)) == 4
+    assert low <= min(tried) < max(tried) <= high
+    assert all(train.reason for train in trains(run))
+
+
+def test_the_plan_says_that_there_is_a_range_test() -> None:
+    run = Run(total_steps=1000)
+    assert PublishedAutoLRS().describe(run) == f"a range test of 100 steps, then {PAPER.describe(run)}"
+
+
 # -- what it forecasts ---------------------------------------------------------------------------------------
 
 
@@ -229,11 +266,11 @@ def test_auto_forecasts_validation_losses_once_the_stages_stop_growing(run: ToyR
 def test_sixteen_evaluations_and_no_more_are_forecast() -> None:
     search = PublishedAutoLRS(1e-3, 0.1, tau=1000, num_candidates=2, objective="validation")
     run = run_toy(search, Quadratic(), 1000)
-    (stage,) = search.plan(Run(total_steps=1000))
     for probe, result in probes(run):
         assert [e.step for e in result.evaluations] == [*range(6, 97, 6), 100]
         exact = 0.5 * (1 - probe.lr) ** 2000
-        assert search.forecast(stage, result).value == pytest.approx(exact, abs=1e-6)
+        assert (probe.forecast_horizon, probe.estimator) == (1000, "bounded")
+        assert forecast_of(probe, result).value == pytest.approx(exact, abs=1e-6)
 
 
 @pytest.mark.parametrize("objective", ["train", "validation", "holdout"])
@@ -243,12 +280,13 @@ def test_the_objective_decides_what_is_evaluated(objective: Any) -> None:
     assert kinds == {"none" if objective == "train" else objective}
 
 
-def test_the_estimator_is_a_choice() -> None:
+@pytest.mark.parametrize(("estimator", "value"), [("bounded", 0.500091), ("reference", 0.384604)])
+def test_the_estimator_is_a_choice(estimator: Any, value: float) -> None:
     losses = tuple((2 * np.exp(-0.01 * np.arange(100)) + 0.5).tolist())
-    (stage,) = PAPER.plan(Run(total_steps=1000))
-    reference = PublishedAutoLRS(1e-3, 1e-1, estimator="reference")
-    assert PAPER.forecast(stage, ProbeResult(losses)).value == pytest.approx(0.500091, abs=1e-6)
-    assert reference.forecast(stage, ProbeResult(losses)).value == pytest.approx(0.384604, abs=1e-6)
+    search = PublishedAutoLRS(1e-3, 1e-1, estimator=estimator)
+    probe = next(search.requests(Run(total_steps=1000)))
+    assert isinstance(probe, Probe)
+    assert forecast_of(probe, ProbeResult(losses)).value == pytest.approx(value, abs=1e-6)
 
 
 def test_validation_needs_batches() -> None:
@@ -376,6 +414,8 @@ def test_the_seed_decides_the_first_candidates() -> None:
     [
         ({"min_lr": 0.0}, "0 < min_lr <= max_lr"),
         ({"min_lr": 1.0}, "0 < min_lr <= max_lr"),
+        ({"min_lr": -1.0, "max_lr": None}, "0 < min_lr <= max_lr"),
+        ({"min_lr": None, "max_lr": math.nan}, "0 < min_lr <= max_lr"),
         ({"max_lr": math.nan}, "0 < min_lr <= max_lr"),
         ({"max_lr": math.inf}, "0 < min_lr <= max_lr"),
         ({"tau": 0}, "1 <= tau <= tau_max"),

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -10,7 +10,6 @@ import pytest
 
 from lightning_autolr.core.range_rules import RangeSuggestion, Rule, ladder
 from lightning_autolr.core.requests import (
-    Answer,
     Probe,
     ProbeResult,
     Request,
@@ -24,19 +23,19 @@ from lightning_autolr.core.requests import (
 )
 from lightning_autolr.search.base import AbstractSearch, replay
 from lightning_autolr.search.range_test import RangeTest
-from tests.toy import ToyRun, run_toy
+from tests.toy import Ranged, ToyRun, run_toy
 from tests.zoo import Plateau, Problem, Quadratic, Vector, noisy_quadratic
 
 
-def answers(run: ToyRun) -> list[Answer]:
-    return [answer for _, answer in run.trace]
+def measured(test: RangeTest, problem: Problem, apply: bool = False) -> tuple[RangeSuggestion, ToyRun]:
+    search = Ranged(test, apply)
+    run = run_toy(search, problem, 300)
+    assert search.suggestion is not None
+    return search.suggestion, run
 
 
-def measure(search: RangeTest, problem: Problem, seed: int = 0) -> RangeSuggestion:
-    run = run_toy(search, problem, 10, seed=seed)
-    suggestion = search.conclude(Run(total_steps=10, lr=0.1), answers(run))
-    assert suggestion is not None
-    return suggestion
+def measure(test: RangeTest, problem: Problem) -> RangeSuggestion:
+    return measured(test, problem)[0]
 
 
 def climbed(run: ToyRun, draw: int = 0) -> list[float]:
@@ -48,7 +47,7 @@ def climbed(run: ToyRun, draw: int = 0) -> list[float]:
 @pytest.mark.parametrize("chunk", [1, 7, 10, 1000])
 def test_the_climb_is_the_ladder_however_it_is_cut(mode: Any, chunk: int) -> None:
     search = RangeTest(min_lr=1e-3, max_lr=1.0, num_steps=40, mode=mode, repeats=1, chunk=chunk)
-    run = run_toy(search, Quadratic(), 10)
+    _, run = measured(search, Quadratic())
     assert climbed(run) == pytest.approx(ladder(1e-3, 1, 40, mode))
     probes = [request for request, _ in run.trace if isinstance(request, Probe)]
     assert [probe.offset for probe in probes] == list(range(0, 40, chunk))
@@ -90,17 +89,15 @@ def test_the_sign_of_the_loss_does_not_matter() -> None:
 
 def test_it_stops_soon_after_the_loss_ran_away() -> None:
     search = RangeTest(1e-3, 1e6, num_steps=200, repeats=1, chunk=10)
-    run = run_toy(search, Quadratic(), 10)
-    found = search.conclude(Run(), answers(run))
-    assert found is not None
+    found, run = measured(search, Quadratic())
     assert found.curves[0].diverged
     assert run.search_steps < len(found.curves[0].lrs) + 20 < 120
 
 
 def test_without_divergence_the_whole_ladder_is_climbed() -> None:
     search = RangeTest(1e-4, 1e-2, repeats=2)
-    assert run_toy(search, Quadratic(), 10).search_steps == 200
-    found = measure(search, Quadratic())
+    found, run = measured(search, Quadratic())
+    assert run.search_steps == 200
     assert [curve.edge for curve in found.curves] == [None, None]
     assert "never rises up to" in found.reason
     assert found.bounds[1] == pytest.approx(ladder(1e-4, 1e-2, 100)[98])
@@ -108,16 +105,10 @@ def test_without_divergence_the_whole_ladder_is_climbed() -> None:
 
 def test_repeats_see_other_batches_and_give_an_interval() -> None:
     search = RangeTest(1e-3, 100, repeats=5, seed=3)
-    run = run_toy(search, noisy_quadratic(noise=0.3), 10)
-    assert sorted({request.draw for request, _ in run.trace if request.label.startswith("range test ")}) == [
-        3,
-        4,
-        5,
-        6,
-        7,
-    ]
-    found = search.conclude(Run(), answers(run))
-    assert found is not None
+    found, run = measured(search, noisy_quadratic(noise=0.3))
+    probes = [request for request, _ in run.trace if isinstance(request, Probe)]
+    assert {(probe.kind, probe.rule) for probe in probes if probe.num_steps} == {("range test", "minimum")}
+    assert sorted({probe.draw for probe in probes if probe.num_steps}) == [3, 4, 5, 6, 7]
     assert found.lr is not None
     assert found.lower is not None
     assert found.upper is not None
@@ -129,7 +120,7 @@ def test_repeats_see_other_batches_and_give_an_interval() -> None:
 @pytest.mark.parametrize("rule", get_args(Rule))
 def test_the_suggestion_is_good_to_train_at(rule: Rule) -> None:
     problem = noisy_quadratic()
-    run = run_toy(RangeTest(1e-5, 100, rule=rule, apply=True), problem, 300)
+    _, run = measured(RangeTest(1e-5, 100, rule=rule), problem, apply=True)
     best = min(problem.expected_loss([lr] * 300) for lr in np.geomspace(1e-4, 2, 40))
     start = problem.expected_loss([])
     assert start - problem.expected_loss(run.train_lrs) > 0.9 * (start - best)
@@ -137,33 +128,17 @@ def test_the_suggestion_is_good_to_train_at(rule: Rule) -> None:
 
 @pytest.mark.parametrize("problem", [Plateau(), Quadratic(start=(0.0,), noise=1.0)])
 def test_a_curve_that_says_nothing_gives_no_suggestion(problem: Problem) -> None:
-    search = RangeTest(1e-5, 1e-2, apply=True)
-    run = run_toy(search, problem, 10)
-    found = search.conclude(Run(), answers(run))
-    assert found is not None
+    found = measure(RangeTest(1e-5, 1e-2), problem)
     assert found.lr is None
     assert "never fell" in found.reason
-    assert not any(isinstance(request, Train) for request, _ in run.trace)  # the user's own rate stays
-    assert run.finished
 
 
 def test_it_leaves_nothing_behind() -> None:
-    run = run_toy(RangeTest(1e-3, 100), noisy_quadratic(), 10)
+    _, run = measured(RangeTest(1e-3, 100), noisy_quadratic())
     assert run.finished
     assert not run.train_lrs
     assert not run.kept
     assert run.state.tolist() == [1.0] * 50
-
-
-def test_apply_trains_to_the_end_at_the_suggestion() -> None:
-    search = RangeTest(1e-3, 100, apply=True, stage=2)
-    run = run_toy(search, noisy_quadratic(), 50)
-    request, _ = run.trace[-1]
-    found = search.conclude(Run(), answers(run))
-    assert found is not None
-    assert isinstance(request, Train)
-    assert (request.lr, request.num_steps, request.reason, request.stage) == (found.lr, None, found.reason, 2)
-    assert run.train_lrs == [found.lr] * 50
 
 
 class Keeper:
@@ -173,7 +148,7 @@ class Keeper:
         self.alive: list[str] = []
         self.most = self.count = 0
 
-    def drive(self, requests: Requests, losses: Sequence[float]) -> Keeper:
+    def drive(self, requests: Generator[Request, Any, Any], losses: Sequence[float]) -> Keeper:
         request: Request | None = next(requests)
         while request is not None:
             assert isinstance(request, Probe)
@@ -199,7 +174,7 @@ class Keeper:
 @pytest.mark.parametrize("length", [1, 10, 39, 40, 99])
 def test_two_states_at_most_and_none_in_the_end(end: float, length: int) -> None:
     losses = [*np.linspace(2, 1, length), *[end] * (100 - length)]
-    keeper = Keeper().drive(RangeTest().requests(Run()), losses)
+    keeper = Keeper().drive(RangeTest().measure(), losses)
     assert keeper.most <= 2
     assert not keeper.alive
 
@@ -207,7 +182,7 @@ def test_two_states_at_most_and_none_in_the_end(end: float, length: int) -> None
 def test_other_searches_use_it_for_bounds() -> None:
     class Bounded(AbstractSearch):
         def requests(self, run: Run) -> Requests:
-            suggestion = yield from RangeTest(1e-4, 1e3, repeats=1, stage=5).measure(run)
+            suggestion = yield from RangeTest(1e-4, 1e3, repeats=1).measure()
             lower, upper = suggestion.bounds
             yield Train(lr=math.sqrt(lower * upper), num_steps=None, reason=f"{lower} {upper}")
 
@@ -217,18 +192,10 @@ def test_other_searches_use_it_for_bounds() -> None:
     assert isinstance(answer, TrainResult)
     lower, upper = map(float, request.reason.split())
     assert lower < 0.25 < 0.5 < upper < 5
-    assert {request.stage for request, _ in trace[:-1]} == {5}
-
-
-def test_conclude_needs_all_answers() -> None:
-    search = RangeTest(1e-3, 100)
-    got = answers(run_toy(search, noisy_quadratic(), 10))
-    assert search.conclude(Run(), got[:-1]) is None
-    assert search.conclude(Run(), got) is not None
 
 
 def test_a_recorded_search_is_continued() -> None:
-    search = RangeTest(1e-3, 100, apply=True)
+    search = Ranged(RangeTest(1e-3, 100), apply=True)
     trace = run_toy(search, noisy_quadratic(), 10).trace
     record = [(decode(encode(request)), decode(encode(answer))) for request, answer in trace]
     for length in range(len(record)):

@@ -90,7 +90,7 @@ def drawings_of_search(search: Search) -> dict[str, Drawing]:
         return {"range_test": lambda: range_test_figure(range_suggestion(search))}
     if search.kind != "candidates" or len(search.candidates) < 2:
         return {}
-    prefix = "coarse_" if search.candidates[0].label.startswith("coarse") else ""
+    prefix = "coarse_" if search.is_coarse else ""
     return {
         f"{prefix}candidates": functools.partial(candidates_figure, search),
         f"{prefix}probes": functools.partial(probes_figure, search),

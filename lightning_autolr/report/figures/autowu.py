@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_autolr.core.minimum import Explanation, PastMinimum, explain
-from lightning_autolr.core.requests import Train
 from lightning_autolr.report.figures.axes import limit_losses, log_axis, rate_curve
 from lightning_autolr.report.figures.style import BLUE, GREEN, GREY, RED, SKY, add_legend, line_key, new_figure, styled
 from lightning_autolr.report.inspect.searches import Piece
@@ -80,8 +79,7 @@ def autowu_figure(pieces: Sequence[Piece]) -> Figure:
 
 def is_autowu(piece: Piece) -> bool:
     """Whether a piece belongs to a warm-up that looks for a minimum."""
-    train: Train | None = piece.train
-    return train is not None and train.label == "warm-up" and train.reason.startswith("The learning rate grows")
+    return piece.train is not None and piece.train.kind == "climb"
 
 
 def _explained(climb: Sequence[Piece]) -> Explanation | None:

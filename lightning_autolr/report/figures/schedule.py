@@ -27,6 +27,7 @@ from lightning_autolr.report.figures.style import (
     styled,
 )
 from lightning_autolr.report.inspect.searches import Piece, Search
+from lightning_autolr.report.trace import account_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,12 +78,10 @@ def schedule_figure(pieces: Sequence[Piece], searches: Sequence[Search] = ()) ->
     shown = [x for p in pieces if not p.segment.undone for x in p.losses] + [y for _, y in looks]
     limit_losses(bottom, shown)
     bottom.set(xlabel="optimizer step of the run", ylabel="training loss", xlim=(0, max(1, pieces[-1].stop)))
-    total = sum(p.segment.num_steps for p in pieces) - undone_steps
+    kept = sum(p.segment.num_steps for p in pieces) - undone_steps
     probed = sum(s.steps for s in searched)
-    parts = [f"{total:,} steps trained"]
-    parts += [f"{probed:,} of private search"] if probed else []
-    parts += [f"{undone_steps:,} undone"] if undone_steps else []
-    figure.suptitle(", ".join(parts), fontsize=9)
+    account = account_of({"schedule_steps": kept, "undone_steps": undone_steps, "probe_steps": probed})
+    figure.suptitle("\n".join(account), fontsize=9)
     add_legend(
         figure,
         ("learning rate and loss", line_key(BLUE)),

@@ -7,18 +7,18 @@ for, parts of one probe become one candidate, and scores are formed as the searc
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from lightning_autolr.core.range_rules import RULES, RangeCurve, RangeSuggestion, Rule, suggest
+from lightning_autolr.core.range_rules import RangeCurve, RangeSuggestion, suggest
 from lightning_autolr.core.requests import LineProbe, LineResult, Probe, ProbeResult, Request, Status, Train
 from lightning_autolr.report.inspect.searches import Candidate, Kind, Piece, Search
 from lightning_autolr.report.trace import Entry
 from lightning_autolr.schedules import Segment
-from lightning_autolr.search.published import PublishedAutoLRS, Stage
+from lightning_autolr.search.published import forecast_of
+from lightning_autolr.search.range_test import RangeTest
 
 __all__ = ["pieces_of", "range_suggestion", "searches_of"]
 
@@ -69,9 +69,8 @@ def searches_of(
 
 
 def range_suggestion(search: Search) -> RangeSuggestion:
-    """What the climbs of a range test say, by the rule that the run used (the "valley" rule where that is not known)."""
-    said = "" if search.train is None else search.train.reason
-    rule: Rule = next((rule for rule in RULES if said.startswith(f"{rule} rule")), "valley")
+    """What the climbs of a range test say, by the rule that the run used (an older trace has none: the default one)."""
+    rule = next((probe.rule for probe, _ in _probes(search.entries) if probe.rule is not None), RangeTest.rule)
     curves = []
     for climb in _chains(search.entries):
         lrs = [probe.lr * probe.shape(i) for probe, _ in climb for i in range(probe.num_steps)]
@@ -85,17 +84,17 @@ def range_suggestion(search: Search) -> RangeSuggestion:
 def _kind(request: Probe | LineProbe) -> Kind:
     if isinstance(request, LineProbe):
         return "factors"
-    if request.label.startswith("range test"):
-        return "range test"
-    if request.label.startswith("beam search"):
-        return "beam"
-    return "candidates" if request.num_steps else "look"
+    if request.kind in ("range test", "beam"):
+        return request.kind
+    return "look" if request.kind == "look" or not request.num_steps else "candidates"
 
 
 def _is_comparable(request: Request, before: Request) -> bool:
-    """Whether their scores can be told against each other: candidates of one length, or parts of them."""
+    """Whether their scores can be told against each other: candidates of one kind and length, or parts of them."""
     if not isinstance(request, Probe) or not isinstance(before, Probe) or _kind(request) != "candidates":
         return True
+    if request.kind != before.kind:
+        return False
     return request.offset > 0 or before.offset > 0 or request.num_steps == before.num_steps
 
 
@@ -222,21 +221,11 @@ def _with_errors(search: Search) -> Search:
 
 def _with_forecasts(search: Search) -> Search:
     """Scores of the published method: losses forecast to the end of the stage, with the fit that the run used."""
-    said = "" if search.train is None else search.train.reason
-    found = re.search(r"forecast.* after (\d+) steps", said)
-    probes = [probe for probe, _ in _probes(search.entries)]
-    if found is None or not all(p.evaluate == "none" or p.evaluate_every for p in probes):
+    chains = _chains(search.entries)
+    horizons = {probe.forecast_horizon for chain in chains for probe, _ in chain}
+    if None in horizons or len(horizons) != 1 or any(len(chain) > 1 for chain in chains):
         return search
-    horizon = int(found[1])
-    signal = "train" if probes[0].evaluate == "none" else probes[0].evaluate
-    stage = Stage(search.stage, horizon, horizon, len(probes), probes[0].num_steps, signal)
-    searched: Search = search
-    for estimator in ("bounded", "reference"):  # which one it was does not stand in the trace, but its result does
-        method = PublishedAutoLRS(min_lr=1e-12, max_lr=1e12, estimator=estimator)
-        forecasts = [method.forecast(stage, answer) for _, answer in _probes(search.entries)]
-        scored = zip(search.candidates, forecasts, strict=True)
-        candidates = tuple(replace(c, score=f.value, forecast=f) for c, f in scored)
-        searched = replace(search, candidates=candidates, horizon=horizon)
-        if searched.best is not None and f"{searched.best.score:.4g}" in said:
-            break
-    return searched
+    forecasts = [forecast_of(*chain[0]) for chain in chains]
+    scored = zip(search.candidates, forecasts, strict=True)
+    candidates = tuple(replace(c, score=f.value, forecast=f) for c, f in scored)
+    return replace(search, candidates=candidates, horizon=horizons.pop())

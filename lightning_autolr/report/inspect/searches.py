@@ -85,6 +85,11 @@ class Search:
         return sum(steps_of(entry) for entry in self.entries)
 
     @property
+    def is_coarse(self) -> bool:
+        """Whether its candidates are to find the order of magnitude only."""
+        return any(isinstance(entry.request, Probe) and entry.request.kind == "coarse" for entry in self.entries)
+
+    @property
     def evaluated_by(self) -> str:
         """What the evaluations of the candidates are, for figures; empty where there are none."""
         if not any(candidate.evaluations for candidate in self.candidates):

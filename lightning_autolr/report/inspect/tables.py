@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_autolr.core.range_rules import RangeSuggestion
 from lightning_autolr.core.requests import Status
 from lightning_autolr.report.inspect.searches import Candidate, Piece, Search, late_loss
+from lightning_autolr.report.trace import account_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,26 +21,20 @@ _JUMP = 1.5  # from one piece to the next: less is the same schedule going on
 
 
 def account_table(title: str, account: dict[str, Any], ended: bool) -> Table:
-    """Steps and seconds.
+    """Steps and seconds, see :func:`~lightning_autolr.report.trace.account_of`.
 
     Args:
         title: of the table.
-        account: what a run's summary has; ``eval_batches`` may be missing.
+        account: what a run's summary has.
         ended: False says that this is not the whole run.
     """
     from rich.table import Table
 
-    share = account["search_steps"] / max(1, account["schedule_steps"])
     table = Table(title=title, show_header=False, title_justify="left")
-    table.add_row("steps trained", f"{account['schedule_steps']:,}")
-    table.add_row("steps of search", f"{account['search_steps']:,} ({share:.0%} of those trained)")
-    if account["undone_steps"]:
-        table.add_row("", f"of them {account['undone_steps']:,} of training that was undone")
-    if "eval_batches" in account:
-        table.add_row("evaluation batches", f"{account['eval_batches']:,}")
-    table.add_row("time in search", f"{account['search_seconds']:.1f} s")
+    for phrase in account_of(account):
+        table.add_row(phrase)
     if not ended:
-        table.add_row("", "the run did not end: this is what was written until then")
+        table.add_row("the run did not end: this is what was written until then")
     return table
 
 
