@@ -74,9 +74,10 @@ class Ladder:
         if bracket is None:
             return None
         observations = self._observations(bracket)
-        suggestion = suggest(observations, (bracket[0], bracket[-1]), acquisition="ei", incumbent=self.best)
+        suggestion = suggest(observations, (bracket[0], bracket[-1]), incumbent=self.best)
         noise = math.sqrt(max(o.variance or 0.0 for o in observations))
-        return suggestion if suggestion.value is None or suggestion.value > noise else None
+        gain = suggestion.expected_improvement
+        return suggestion if gain is None or gain > noise else None
 
     def choose(self, configured: float) -> tuple[float, str]:
         """The best learning rate, and why: a sentence, open at its end."""

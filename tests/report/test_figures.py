@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 import pytest
 
+from lightning_autolr.core import surrogate
 from lightning_autolr.core.minimum import PastMinimum
 from lightning_autolr.core.requests import (
     LineProbe,
@@ -26,7 +27,6 @@ from lightning_autolr.core.requests import (
     Train,
     TrainResult,
 )
-from lightning_autolr.core.surrogate import Hyperparameters, posterior
 from lightning_autolr.report.figures import (
     autowu_figure,
     beam_figure,
@@ -69,9 +69,7 @@ class Warmup(AbstractSearch):
 @pytest.fixture
 def given_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fixed hyper-parameters: fitting takes time and is tested elsewhere."""
-    known = Hyperparameters(noise=1e-6)
-    process = "lightning_autolr.report.figures.candidates.posterior"
-    monkeypatch.setattr(process, lambda *a, **k: posterior(*a, **k, hyperparameters=known))
+    monkeypatch.setattr(surrogate, "_fit", lambda model: model.covar_module.base_kernel.initialize(lengthscale=0.3))
 
 
 def rendered(figure: Any) -> bytes:

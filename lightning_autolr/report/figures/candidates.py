@@ -53,7 +53,7 @@ def candidates_figure(search: Search) -> Figure:
     errors = any(c.stderr is not None for c in finite)
     if model is not None:
         lrs, found, gain = model
-        mean, std = np.array(found.mean), np.array(found.std)
+        mean, std = found.mean, found.std
         top.fill_between(lrs, mean - 2 * std, mean + 2 * std, color=BLUE, alpha=0.15, linewidth=0)
         top.plot(lrs, mean, color=BLUE)
         panels[1].fill_between(lrs, 0, gain, color=PURPLE, alpha=0.35, linewidth=0)
@@ -121,13 +121,11 @@ def _surrogate(search: Search) -> tuple[Array, Posterior, Array] | None:
         found = posterior([observed(c) for c in ranked], bounds, [float(x) for x in np.clip(lrs, *bounds)] + tried)
     except FitError:
         return None
-    best = len(lrs) + int(np.argmin(found.mean[len(lrs) :]))
-    gains = [found.gain(i, best) for i in range(len(lrs))]
-    gain, std = np.array([g for g, _ in gains]), np.maximum([s for _, s in gains], 1e-12)
-    z = gain / std
-    improvement = np.maximum(gain * norm.cdf(z) + std * norm.pdf(z), 0)
     n = len(lrs)
-    return lrs, Posterior(found.mean[:n], tuple(row[:n] for row in found.covariance[:n])), np.asarray(improvement)
+    gain, std = found.gain(over=n + int(np.argmin(found.mean[n:])))
+    z = gain[:n] / np.maximum(std[:n], 1e-12)
+    improvement = np.maximum(gain[:n] * norm.cdf(z) + std[:n] * norm.pdf(z), 0)
+    return lrs, Posterior(found.mean[:n], found.covariance[:n, :n]), improvement
 
 
 def _score_name(search: Search) -> str:
