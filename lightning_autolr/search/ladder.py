@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lightning_autolr.core.losses import divergence_limit, paired
 from lightning_autolr.core.requests import ProbeResult
 from lightning_autolr.core.surrogate import FitError, Observation, Suggestion, posterior, suggest
-from lightning_autolr.search.ratchet import divergence_limit, paired
 
 __all__ = ["Ladder"]
 
