@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,10 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import erfcx, ndtr
 
-__all__ = ["FitError", "Observation", "Posterior", "Suggestion", "posterior", "suggest"]
+from lightning_autolr.core.losses import paired
+from lightning_autolr.core.requests import ProbeResult
+
+__all__ = ["FitError", "Observation", "Posterior", "Suggestion", "observe", "posterior", "suggest"]
 
 Array = NDArray[np.float64]
 
@@ -71,6 +74,10 @@ class Posterior:
         variance = np.diag(c) + c[over, over] - 2 * c[:, over]
         return self.mean[over] - self.mean, np.sqrt(np.maximum(variance, 0))
 
+    def expected_improvement(self, over: int) -> Array:
+        r""":math:`E\max(f_{over} - f_i, 0)` of each score, ``(k,)``."""
+        return np.exp(_log_expected_improvement(*self.gain(over)))
+
 
 @dataclass(frozen=True)
 class Suggestion:
@@ -89,6 +96,30 @@ class Suggestion:
 
 class FitError(RuntimeError):
     """The hyper-parameters of the Gaussian process could not be fitted."""
+
+
+def observe(results: Mapping[float, ProbeResult]) -> list[Observation]:
+    """What probes on the same evaluation batches say of their learning rates.
+
+    The noise of a score is that of its paired difference to the best one, whose own is next to nothing: a tenth of the
+    median of the others. One that failed has that median.
+
+    Args:
+        results: by learning rate; those that did not fail have an evaluation, and there is at least one of them.
+
+    >>> from lightning_autolr.core.requests import Evaluation
+    >>> def result(*losses):
+    ...     return ProbeResult(evaluations=(Evaluation(5, losses),))
+    >>> for o in observe({0.1: result(2.0, 4.0), 0.2: result(1.0, 2.0)}):
+    ...     print(o.lr, o.score, round(o.variance, 4))
+    0.1 3.0 0.25
+    0.2 1.5 0.0025
+    """
+    best = min(sorted(results), key=lambda lr: results[lr].loss)
+    errors = {lr: paired(results[best], r)[1] for lr, r in results.items() if math.isfinite(r.loss)}
+    typical = max(float(np.median([e for lr, e in errors.items() if lr != best] or [0.0])), 1e-9)
+    errors[best] = 0.1 * typical
+    return [Observation(lr, r.loss, max(errors.get(lr, typical), 1e-9) ** 2) for lr, r in results.items()]
 
 
 def suggest(
