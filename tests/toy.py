@@ -27,6 +27,7 @@ from lightning_autolr.core.requests import (
     Status,
     Train,
     TrainResult,
+    diverged,
 )
 from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.range_test import RangeTest
@@ -168,7 +169,7 @@ class _Toy:
             self.state = self.step(self.state, rate, batch)
             losses.append(loss)
             self.train_lrs.append(rate)
-            if guarded and has_diverged(loss, request.stop_above):
+            if guarded and diverged(loss, request.stop_above):
                 status = Status.DIVERGED
                 break
         self.losses += losses
@@ -186,7 +187,7 @@ class _Toy:
             losses.append(self.problem.loss(state.w - batch))
             state = self.step(state, request.lr * factor(request, step), batch)
             self.search_steps += 1
-            if has_diverged(losses[-1], request.stop_above):
+            if diverged(losses[-1], request.stop_above):
                 status = Status.DIVERGED
                 break
         else:
@@ -265,7 +266,3 @@ def factor(request: Probe | Train, step: int) -> float:
     value = request.shape(step)
     assert 0 <= value < math.inf, f"Expected a finite shape >= 0 at step {step}, got {value}."
     return value
-
-
-def has_diverged(loss: float, stop_above: float | None) -> bool:
-    return not math.isfinite(loss) or (stop_above is not None and loss > stop_above)

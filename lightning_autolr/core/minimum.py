@@ -12,11 +12,10 @@ workshop 2021, arXiv 2107.05855, and its published code.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,14 +33,12 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
-T = TypeVar("T")
 
 _LENGTHSCALE = 0.2  # of the unit interval that the whole trajectory is squeezed into; never trained
 _NUM_FITTED = 100
 _NUM_CONDITIONED = 500
 _GRID = np.linspace(0, 1, 500)
 _FLOOR = 1e-4  # variance added to every difference, in squared units of the regression
-_JITTERS = (1e-8, 1e-6, 1e-4)  # tried one after another on the diagonal of a matrix that is not positive definite
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,6 @@ class Regression:
         argmins: position of the lowest mean, one per draw, ``(num_tests,)``.
         past: the verdict: in more than half of the draws the probability is above the confidence asked for.
         hyperparameters: as trained; their unit is the standard deviation of the losses (``compat``: the losses' own).
-        num_retries: how often jitter had to be added because a matrix was not positive definite.
     """
 
     grid: Array
@@ -82,7 +78,6 @@ class Regression:
     argmins: Array
     past: bool
     hyperparameters: Hyperparameters
-    num_retries: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,13 +215,10 @@ class PastMinimum:
             chosen = np.sort(torch.randperm(len(y), generator=generator, device="cpu").numpy()[:size])
             return x[chosen], y[chosen]
 
-        retries = self._fit(*draw(_NUM_FITTED), mean=float(y.mean()))
         size = _NUM_CONDITIONED if self.compat else min(_NUM_CONDITIONED, max(2, len(y) * 4 // 5))
-        draws = []
-        for _ in range(self.num_tests):
-            prediction, tries = _with_jitter(partial(_predict, self._model, *draw(size), _GRID))
-            draws.append(prediction)
-            retries += tries
+        with _gpytorch():
+            self._fit(*draw(_NUM_FITTED), mean=float(y.mean()))
+            draws = [_predict(self._model, *draw(size), _GRID) for _ in range(self.num_tests)]
         probabilities = np.array([past_minimum_probability(*prediction) for prediction in draws])
         variances = [np.maximum(np.diagonal(covariance), 0) for _, covariance in draws]
         return Regression(
@@ -237,38 +229,33 @@ class PastMinimum:
             argmins=np.array([_GRID[mean.argmin()] for mean, _ in draws]),
             past=bool(2 * np.count_nonzero(probabilities > self.confidence) > self.num_tests),
             hyperparameters=_hyperparameters(self._model),
-            num_retries=retries,
         )
 
-    def _fit(self, x: Array, y: Array, mean: float) -> int:
-        """Maximise the exact marginal likelihood, the mean starting anew; returns the number of retries."""
+    def _fit(self, x: Array, y: Array, mean: float) -> None:
+        """Maximise the exact marginal likelihood, the mean starting anew."""
+        from botorch.optim.fit import fit_gpytorch_mll_scipy
+        from gpytorch.mlls import ExactMarginalLogLikelihood
 
-        def fit() -> None:
-            from botorch.optim.fit import fit_gpytorch_mll_scipy
-            from gpytorch.mlls import ExactMarginalLogLikelihood
-
-            if self._model is None:
-                self._model = _smoother()
-            model = self._model
-            last = _hyperparameters(model)
-            if self.compat:
-                _initialize(model, Hyperparameters(mean, last.scale, last.noise))
-            else:
-                _initialize(model, Hyperparameters(mean, max(last.scale, 0.1), max(last.noise, 0.01)))
-            _condition(model, x, y)
-            model.train()
-            likelihood = ExactMarginalLogLikelihood(model.likelihood, model)
-            if not self.compat:
-                fit_gpytorch_mll_scipy(likelihood, options={"maxiter": 50, "ftol": 1e-6})
-                return
-            if self._adam is None:
-                self._adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
-            for _ in range(100):
-                self._adam.zero_grad()
-                (-likelihood(model(*model.train_inputs), model.train_targets)).backward()
-                self._adam.step()
-
-        return _with_jitter(fit)[1]
+        if self._model is None:
+            self._model = _smoother()
+        model = self._model
+        last = _hyperparameters(model)
+        if self.compat:
+            _initialize(model, Hyperparameters(mean, last.scale, last.noise))
+        else:
+            _initialize(model, Hyperparameters(mean, max(last.scale, 0.1), max(last.noise, 0.01)))
+        _condition(model, x, y)
+        model.train()
+        likelihood = ExactMarginalLogLikelihood(model.likelihood, model)
+        if not self.compat:
+            fit_gpytorch_mll_scipy(likelihood, options={"maxiter": 50, "ftol": 1e-6})
+            return
+        if self._adam is None:
+            self._adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        for _ in range(100):
+            self._adam.zero_grad()
+            (-likelihood(model(*model.train_inputs), model.train_targets)).backward()
+            self._adam.step()
 
 
 def explain(
@@ -322,39 +309,34 @@ def _fenced(y: Array) -> Array:
 
 
 @contextmanager
-def _gpytorch(jitter: float = _JITTERS[0]) -> Iterator[None]:
-    """Import and run GPyTorch quietly, on the CPU, with gradients, whatever surrounds the call; jitter is tried once.
+def _gpytorch() -> Iterator[None]:
+    """Import and run GPyTorch quietly, on the CPU, with gradients, whatever surrounds the call.
 
-    The import takes seconds, which other searches need not spend.
+    The diagonal of a matrix that is not positive definite gets jitter, tenfold at each try up to 1e-4. The import takes
+    seconds, which other searches need not spend.
+
+    Raises:
+        RuntimeError: a matrix that is not positive definite even so.
     """
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # of jitter, which we count, and of line searches that cannot improve any more
+        warnings.simplefilter("ignore")  # of jitter, and of line searches that cannot improve any more
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
-        from gpytorch import settings
+        from linear_operator import settings
+        from linear_operator.utils.errors import NotPSDError
 
-        stack.enter_context(settings.cholesky_jitter(double_value=jitter))
-        stack.enter_context(settings.cholesky_max_tries(1))
-        yield
-
-
-def _with_jitter(work: Callable[[], T]) -> tuple[T, int]:
-    """The result of ``work``, and how many times it had to be retried with more jitter."""
-    for tries, jitter in enumerate(_JITTERS):
-        with _gpytorch(jitter):
-            from linear_operator.utils.errors import NotPSDError
-
-            try:
-                return work(), tries
-            except NotPSDError:
-                continue
-    raise RuntimeError(
-        f"Expected the covariance of the losses to be positive definite, got one that is not, even with {_JITTERS[-1]} "
-        "added to its diagonal. Losses of extreme size do that with compat=True; compat=False standardises them."
-    )
+        stack.enter_context(settings.cholesky_jitter(double_value=1e-8))
+        stack.enter_context(settings.cholesky_max_tries(5))
+        try:
+            yield
+        except NotPSDError as error:
+            raise RuntimeError(
+                "Expected the covariance of the losses to be positive definite, got one that is not, even with 1e-4 added "
+                "to its diagonal. Losses of extreme size do that with compat=True; compat=False standardises them."
+            ) from error
 
 
 def _smoother() -> Any:

@@ -35,6 +35,7 @@ __all__ = [
     "Train",
     "TrainResult",
     "decode",
+    "diverged",
     "encode",
     "private_steps",
 ]
@@ -44,7 +45,18 @@ class Status(str, Enum):
     """How a piece of training ended. A bad end is an answer, never an exception."""
 
     OK = "ok"
-    DIVERGED = "diverged"  # a loss was not finite, or rose above ``stop_above``; the steps after it were not made
+    DIVERGED = "diverged"  # see :func:`diverged`; the steps after that loss were not made
+
+
+def diverged(loss: float, stop_above: float | None) -> bool:
+    """Whether a training loss ends a probe or a piece of training: not finite, or above the limit, if there is one.
+
+    >>> [diverged(x, stop_above=None) for x in (1e9, math.inf, math.nan)]
+    [False, True, True]
+    >>> [diverged(x, stop_above=2.0) for x in (2.0, 2.1)]
+    [False, True]
+    """
+    return not math.isfinite(loss) or (stop_above is not None and loss > stop_above)
 
 
 @dataclass(frozen=True)

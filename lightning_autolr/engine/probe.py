@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lightning_autolr.core.requests import Evaluation, LineProbe, LineResult, Probe, ProbeResult, Status
+from lightning_autolr.core.requests import Evaluation, LineProbe, LineResult, Probe, ProbeResult, Status, diverged
 from lightning_autolr.engine.batch_norm import updated_statistics
 from lightning_autolr.engine.batches import Draws, mix, validation_batches
 from lightning_autolr.engine.compat import local_tensor, val_loaders
@@ -213,8 +213,7 @@ class Prober:
         def read() -> Status:
             new = mean_over_ranks(self._strategy, unread)
             unread.clear()
-            limit = math.inf if request.stop_above is None else request.stop_above
-            bad = next((i for i, x in enumerate(new) if not math.isfinite(x) or x > limit), None)
+            bad = next((i for i, x in enumerate(new) if diverged(x, request.stop_above)), None)
             losses.extend(new if bad is None else new[: bad + 1])
             return Status.OK if bad is None else Status.DIVERGED
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_autolr.core.requests import Status, Train, decode, encode
+from lightning_autolr.core.requests import Status, Train, decode, diverged, encode
 from lightning_autolr.engine.grad_norms import GradNorms
 from lightning_autolr.engine.ranks import mean_over_ranks
 from lightning_autolr.schedules import Segment
@@ -100,7 +99,7 @@ class ActiveSegment:
             self._micro_losses = []
 
     def read(self, strategy: Any, judge: bool = False) -> Status:
-        """Fetch the losses, means over ranks (collective), and say whether one of those not judged yet is too high."""
+        """Fetch the losses, means over ranks (collective), and say whether one of those not judged yet diverged."""
         new, self._unread = mean_over_ranks(strategy, self._unread), []
         self.losses.extend(new)
         if self._measured is not None:
@@ -108,8 +107,7 @@ class ActiveSegment:
         if not judge:
             return Status.OK  # read for a checkpoint: the next look has to judge them
         unjudged, self.judged = self.losses[self.judged :], len(self.losses)
-        limit = math.inf if self.train.stop_above is None else self.train.stop_above
-        return Status.DIVERGED if any(not x <= limit for x in unjudged) else Status.OK
+        return Status.DIVERGED if any(diverged(x, self.train.stop_above) for x in unjudged) else Status.OK
 
     def to_segment(self) -> Segment:
         """For the record: what was made of it."""

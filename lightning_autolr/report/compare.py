@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, sem
 
 from lightning_autolr.report.jobs import Job, Run, run_jobs
 
@@ -249,7 +248,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def _standard_error(values: Sequence[float]) -> float:
     finite = len(values) > 1 and all(math.isfinite(v) for v in values)
-    return statistics.stdev(values) / math.sqrt(len(values)) if finite else math.nan
+    return float(sem(values)) if finite else math.nan
 
 
 def _number(value: float | None, error: float | None) -> str:

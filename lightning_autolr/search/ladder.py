@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from lightning_autolr.core.losses import divergence_limit, paired
 from lightning_autolr.core.requests import ProbeResult
-from lightning_autolr.core.surrogate import FitError, Observation, Suggestion, posterior, suggest
-from lightning_autolr.search.ratchet import divergence_limit, paired
+from lightning_autolr.core.surrogate import FitError, Observation, Suggestion, observe, posterior, suggest
 
 __all__ = ["Ladder"]
 
@@ -73,10 +72,10 @@ class Ladder:
         bracket = self._bracket()
         if bracket is None:
             return None
-        observations = self._observations(bracket)
-        suggestion = suggest(observations, (bracket[0], bracket[-1]), acquisition="ei", incumbent=self.best)
-        noise = math.sqrt(max(o.variance or 0.0 for o in observations))
-        return suggestion if suggestion.value is None or suggestion.value > noise else None
+        suggestion = suggest(bracket, (bracket[0].lr, bracket[-1].lr), incumbent=self.best)
+        noise = math.sqrt(max(o.variance or 0.0 for o in bracket))
+        gain = suggestion.expected_improvement
+        return suggestion if gain is None or gain > noise else None
 
     def choose(self, configured: float) -> tuple[float, str]:
         """The best learning rate, and why: a sentence, open at its end."""
@@ -88,9 +87,10 @@ class Ladder:
         bracket = self._bracket()
         if bracket is None:
             return best, f"The best of {len(self.results)} candidates:"
-        lrs = [float(x) for x in np.geomspace(bracket[0], bracket[-1], 101)]
+        bounds = bracket[0].lr, bracket[-1].lr
+        lrs = [float(x) for x in np.geomspace(*bounds, 101)]
         try:
-            mean = posterior(self._observations(bracket), (bracket[0], bracket[-1]), lrs).mean
+            mean = posterior(bracket, bounds, lrs).mean
         except FitError as error:
             return best, f"The best of {len(self.results)} candidates, as the surrogate failed ({error}):"
         return lrs[int(np.argmin(mean))], f"The minimum expected from {len(self.results)} candidates:"
@@ -103,16 +103,8 @@ class Ladder:
         mean, error = paired(best, self.results[lr])
         return mean <= min(2 * error, abs(best.loss))  # losses on their way to infinity differ greatly among themselves
 
-    def _bracket(self) -> list[float] | None:
+    def _bracket(self) -> list[Observation] | None:
         """The best candidate with its neighbours; None when it has not got two."""
         lrs = sorted(self.results)
         i = lrs.index(self.best)
-        return lrs[i - 1 : i + 2] if 0 < i < len(lrs) - 1 else None
-
-    def _observations(self, lrs: Sequence[float]) -> list[Observation]:
-        """Scores with the noise of their paired differences to the best one, whose own is next to nothing."""
-        best = self.results[self.best]
-        errors = {lr: paired(best, self.results[lr])[1] for lr in lrs if math.isfinite(self.results[lr].loss)}
-        typical = max(float(np.median([e for lr, e in errors.items() if lr != self.best] or [0.0])), 1e-9)
-        errors[self.best] = 0.1 * typical
-        return [Observation(lr, self.results[lr].loss, max(errors.get(lr, typical), 1e-9) ** 2) for lr in lrs]
+        return observe({lr: self.results[lr] for lr in lrs[i - 1 : i + 2]}) if 0 < i < len(lrs) - 1 else None

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 from typing import Any, Literal
 
-import numpy as np
-
+from lightning_autolr.core.losses import divergence_limit, paired
 from lightning_autolr.core.requests import (
     Probe,
     ProbeResult,
@@ -24,10 +23,9 @@ from lightning_autolr.core.requests import (
 from lightning_autolr.schedules import Constant, Schedule, Shifted
 from lightning_autolr.search.base import AbstractSearch
 
-__all__ = ["LOOK", "Guarded", "Ratchet", "divergence_limit", "paired"]
+__all__ = ["LOOK", "Guarded", "Ratchet"]
 
 _SHORTEST_STAGE = 10
-_FEW = 20  # first losses of a training, among which the highest is looked for
 _BY_HEART = 0.15  # training losses are so much below the lowest look, or below what they were then, as a share of it
 _LITTLE = 0.1  # of the first loss: while less has been gained, losing half of it means nothing
 LOOK = 0  # the draw of the ratchet's evaluations; AutoLRS trains candidates on the one after it
@@ -333,25 +331,3 @@ def _is_lost(first: ProbeResult, best: ProbeResult, after: ProbeResult) -> bool:
     mean, error = paired(best, after)
     gained = first.loss - best.loss
     return mean > max(4 * error, 0.5 * gained, _LITTLE * abs(first.loss))
-
-
-def divergence_limit(losses: Sequence[float]) -> float | None:
-    """A training loss as far above the first as this is no noise."""
-    if not losses:
-        return None
-    first = losses[0]
-    return first + 3 * abs(first) + 3 * (max(losses[:_FEW]) - min(losses))
-
-
-def paired(before: ProbeResult, after: ProbeResult) -> tuple[float, float]:
-    """Mean and standard error of the differences on the same evaluation batches.
-
-    Unlike numbers of losses, as of a training step that leaves some out, cannot be paired.
-    """
-    a, b = (np.asarray(r.evaluations[-1].losses) for r in (before, after))
-    if len(a) != len(b):
-        errors = [float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else 0.0 for x in (a, b)]
-        return float(b.mean() - a.mean()), math.hypot(*errors)
-    difference = b - a
-    error = float(difference.std(ddof=1) / math.sqrt(len(difference))) if len(difference) > 1 else 0.0
-    return float(difference.mean()), error

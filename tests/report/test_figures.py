@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 import pytest
 
+from lightning_autolr.core import surrogate
 from lightning_autolr.core.minimum import PastMinimum
 from lightning_autolr.core.requests import (
     LineProbe,
@@ -26,7 +27,6 @@ from lightning_autolr.core.requests import (
     Train,
     TrainResult,
 )
-from lightning_autolr.core.surrogate import Hyperparameters, posterior
 from lightning_autolr.report.figures import (
     autowu_figure,
     beam_figure,
@@ -40,10 +40,12 @@ from lightning_autolr.report.figures import (
     save_figure,
     schedule_figure,
 )
+from lightning_autolr.report.figures import candidates as figure_of_candidates
 from lightning_autolr.report.figures.style import BLUE, GREEN, PURPLE, RED
 from lightning_autolr.report.inspect import Candidate, Search, pieces_of, range_suggestion, searches_of
 from lightning_autolr.report.trace import Entry
 from lightning_autolr.schedules import Linear, Segment
+from lightning_autolr.search import ladder
 from lightning_autolr.search.autolrs import AutoLRS
 from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.beam import BeamSearch
@@ -69,9 +71,7 @@ class Warmup(AbstractSearch):
 @pytest.fixture
 def given_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fixed hyper-parameters: fitting takes time and is tested elsewhere."""
-    known = Hyperparameters(noise=1e-6)
-    process = "lightning_autolr.report.figures.candidates.posterior"
-    monkeypatch.setattr(process, lambda *a, **k: posterior(*a, **k, hyperparameters=known))
+    monkeypatch.setattr(surrogate, "_fit", lambda model: model.covar_module.base_kernel.initialize(lengthscale=0.3))
 
 
 def rendered(figure: Any) -> bytes:
@@ -266,6 +266,27 @@ def test_stage_shows_scores_errors_process_and_choice() -> None:
         assert lines(axes, GREEN)[0].get_xdata()[0] == 0.1
     assert [list(x.get_xdata()) for x in lines(top, RED)] == [[1.0]]
     assert top.get_xscale() == "log"
+
+
+@pytest.mark.parametrize("total_steps", [1000, 3000])
+def test_the_process_is_given_what_the_search_gave_it(total_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[Any, list[Any]] = {ladder: [], figure_of_candidates: []}
+
+    def listen(module: Any) -> None:
+        def heard(observations: Any, bounds: Any, lrs: Any) -> Any:
+            given[module].append((observations, bounds))
+            return surrogate.posterior(observations, bounds, lrs)
+
+        monkeypatch.setattr(module, "posterior", heard)
+
+    listen(ladder)
+    listen(figure_of_candidates)
+    trace, segments = recorded(AutoLRS(), noisy_quadratic(), total_steps, lr=0.01)
+    for search in searches_of(trace, segments):
+        if search.kind == "candidates":
+            candidates_figure(search)
+    assert given[ladder]
+    assert given[figure_of_candidates][-1] == given[ladder][-1]
 
 
 def test_stage_without_enough_for_a_process() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from lightning_autolr.core.losses import paired
 from lightning_autolr.core.range_rules import RULES, RangeSuggestion, Rule
 from lightning_autolr.core.requests import LineProbe, Probe, ProbeResult, Request, Status, Train, TrainResult, encode
 from lightning_autolr.core.surrogate import Observation, Suggestion
@@ -35,7 +36,7 @@ from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.beam import BeamSearch
 from lightning_autolr.search.factors import FactorSearch
 from lightning_autolr.search.range_test import RangeTest
-from tests.report.traces import by_hand, entries_of, recorded, segments_of
+from tests.report.traces import by_hand, entries_of, probe, recorded, segments_of
 from tests.toy import Ranged, run_toy
 from tests.zoo import noisy_quadratic, off_centre
 
@@ -73,6 +74,15 @@ def test_candidates_with_their_paired_errors() -> None:
     assert search.best is search.candidates[1]
     assert search.train is PAIRS[5][0]
     assert (search.base, search.step, search.number, search.steps, search.seconds) == (3.0, 0, 0, 8, 4.0)
+
+
+def test_errors_where_the_numbers_of_losses_differ_are_those_of_the_search() -> None:
+    """Of a single loss nothing is known, and nothing is said."""
+    pairs: list[Any] = [probe(0.1, [2.0], [1.0, 1.2, 1.1]), probe(0.2, [2.0], [2.0, 3.0]), probe(0.4, [2.0], [3.0])]
+    (search,) = searches_of(entries_of(pairs))
+    results = [answer for _, answer in pairs]
+    assert [c.result for c in search.candidates] == results
+    assert [c.stderr for c in search.candidates] == [None, paired(results[0], results[1])[1], None]
 
 
 def test_looks_stand_where_they_were_taken() -> None:

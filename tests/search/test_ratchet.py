@@ -17,7 +17,7 @@ from lightning_autolr.search.beam import BeamSearch
 from lightning_autolr.search.factors import FactorSearch
 from lightning_autolr.search.fixed import Fixed
 from lightning_autolr.search.published import PublishedAutoLRS
-from lightning_autolr.search.ratchet import Guarded, Ratchet, _overfits, paired
+from lightning_autolr.search.ratchet import Guarded, Ratchet, _overfits
 from tests.toy import run_toy
 from tests.zoo import Problem, Quadratic, noisy_quadratic, off_centre
 
@@ -233,20 +233,3 @@ def test_needs_something_to_look_at() -> None:
 def test_says_no(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="Expected"):
         replace(Ratchet(), **wrong)
-
-
-def test_paired_differences() -> None:
-    a = ProbeResult(evaluations=(Evaluation(0, (1.0, 2.0, 3.0)),))
-    b = ProbeResult(evaluations=(Evaluation(0, (1.5, 2.5, 4.5)),))
-    mean, error = paired(a, b)
-    assert mean == pytest.approx(2.5 / 3)
-    assert error == pytest.approx(np.std([0.5, 0.5, 1.5], ddof=1) / math.sqrt(3))
-
-
-def test_unlike_numbers_of_losses_cannot_be_paired() -> None:
-    """A training step may leave losses out."""
-    a = ProbeResult(evaluations=(Evaluation(0, (1.0, 2.0, 3.0)),))
-    mean, error = paired(a, ProbeResult(evaluations=(Evaluation(0, (1.0, 4.0)),)))
-    assert mean == pytest.approx(0.5)
-    assert error == pytest.approx(math.sqrt(1.0 / 3 + 4.5 / 2))
-    assert paired(a, ProbeResult(evaluations=(Evaluation(0, (4.0,)),)))[0] == pytest.approx(2.0)

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.stats import norm
 
-from lightning_autolr.core.surrogate import FitError, Observation, Posterior, posterior
+from lightning_autolr.core.surrogate import FitError, Observation, observe, posterior
 from lightning_autolr.report.figures.axes import Array, log_axis, mark_diverged
 from lightning_autolr.report.figures.style import (
     BLUE,
@@ -52,8 +51,7 @@ def candidates_figure(search: Search) -> Figure:
     heights = [c.score for c in finite]
     errors = any(c.stderr is not None for c in finite)
     if model is not None:
-        lrs, found, gain = model
-        mean, std = np.array(found.mean), np.array(found.std)
+        lrs, mean, std, gain = model
         top.fill_between(lrs, mean - 2 * std, mean + 2 * std, color=BLUE, alpha=0.15, linewidth=0)
         top.plot(lrs, mean, color=BLUE)
         panels[1].fill_between(lrs, 0, gain, color=PURPLE, alpha=0.35, linewidth=0)
@@ -94,40 +92,30 @@ def candidates_figure(search: Search) -> Figure:
     return figure
 
 
-def _surrogate(search: Search) -> tuple[Array, Posterior, Array] | None:
-    """Learning rates, posterior and expected improvement there; None when there is too little to fit.
+def _surrogate(search: Search) -> tuple[Array, Array, Array, Array] | None:
+    """Learning rates, and there: mean, standard deviation and the improvement to expect on the best candidate.
 
     Where scores are losses on evaluation batches, the process is fitted to the best candidate and its two neighbours with
-    their errors, as the search does; where they are forecasts, to all of them.
+    their errors, as the search does; where they are forecasts, to all of them. None when there is too little to fit.
     """
-    ranked = sorted(search.candidates, key=lambda c: c.lr)
-    if search.horizon is None and search.best is not None:
-        at = ranked.index(search.best)
+    ranked, best = sorted(search.candidates, key=lambda c: c.lr), search.best
+    if best is not None and search.horizon is None:
+        at = ranked.index(best)
         ranked = ranked[max(at - 1, 0) : at + 2]
     finite = [c for c in ranked if math.isfinite(c.score)]
-    if len({c.lr for c in ranked}) < 3 or len(finite) < 2:
+    if best is None or len({c.lr for c in ranked}) < 3 or len(finite) < 2:
         return None
-    errors = [c.stderr for c in finite if c.stderr is not None]
-    typical = float(np.median(errors)) if errors else None
-
-    def observed(candidate: Candidate) -> Observation:
-        error = candidate.stderr if candidate.stderr is not None else typical
-        return Observation(candidate.lr, candidate.score, None if error is None else max(error, 1e-12) ** 2)
-
+    if search.horizon is None and all(c.evaluations for c in finite):
+        observations = observe({c.lr: c.result for c in ranked})
+    else:
+        observations = [Observation(c.lr, c.score) for c in ranked]
     bounds = (ranked[0].lr, ranked[-1].lr)
     lrs = np.geomspace(*bounds, 121)
-    tried = [c.lr for c in ranked]
     try:
-        found = posterior([observed(c) for c in ranked], bounds, [float(x) for x in np.clip(lrs, *bounds)] + tried)
+        found = posterior(observations, bounds, [*lrs.tolist(), best.lr])
     except FitError:
         return None
-    best = len(lrs) + int(np.argmin(found.mean[len(lrs) :]))
-    gains = [found.gain(i, best) for i in range(len(lrs))]
-    gain, std = np.array([g for g, _ in gains]), np.maximum([s for _, s in gains], 1e-12)
-    z = gain / std
-    improvement = np.maximum(gain * norm.cdf(z) + std * norm.pdf(z), 0)
-    n = len(lrs)
-    return lrs, Posterior(found.mean[:n], tuple(row[:n] for row in found.covariance[:n])), np.asarray(improvement)
+    return lrs, found.mean[:-1], found.std[:-1], found.expected_improvement(over=len(lrs))[:-1]
 
 
 def _score_name(search: Search) -> str:

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from lightning_autolr.core.losses import paired
 from lightning_autolr.core.range_rules import RangeCurve, RangeSuggestion, suggest
 from lightning_autolr.core.requests import LineProbe, LineResult, Probe, ProbeResult, Request, Status, Train
 from lightning_autolr.report.inspect.searches import Candidate, Kind, Piece, Search
@@ -206,15 +207,13 @@ def _with_errors(search: Search) -> Search:
     best = search.best
     if best is None or not best.evaluations or search.horizon is not None:
         return search
-    reference = np.asarray(best.evaluations[-1].losses)
 
     def error(candidate: Candidate) -> float | None:
         if candidate is best or not candidate.evaluations or not math.isfinite(candidate.score):
             return None
-        losses = np.asarray(candidate.evaluations[-1].losses)
-        if len(losses) != len(reference) or len(losses) < 2:
-            return None
-        return float((losses - reference).std(ddof=1) / math.sqrt(len(losses)))
+        if min(len(c.evaluations[-1].losses) for c in (best, candidate)) < 2:
+            return None  # zero is what a search makes of it; a reader would take that for a measurement
+        return paired(best.result, candidate.result)[1]
 
     return replace(search, candidates=tuple(replace(c, stderr=error(c)) for c in search.candidates))
 

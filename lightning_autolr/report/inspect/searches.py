@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from lightning_autolr.core.forecast import Forecast
-from lightning_autolr.core.requests import Evaluation, Probe, Status, Train, private_steps
+from lightning_autolr.core.requests import Evaluation, Probe, ProbeResult, Status, Train, private_steps
 from lightning_autolr.report.trace import Entry
 from lightning_autolr.schedules import Segment
 
@@ -27,8 +27,8 @@ class Candidate:
         lr: learning rate (of a range test: the largest one that was reached).
         score: what it was judged by, lower is better: the loss of its evaluation, its forecast, its mean training loss, or
             the loss at its point of a line probe; inf when it diverged.
-        stderr: standard error of the paired difference to the best candidate, over the evaluation batches (or
-            its own); None for the best one itself, and where there are no pairs.
+        stderr: standard error of the difference to the best candidate, over pairs of evaluation batches (or of
+            its own, where their numbers differ); None for the best one itself, and where there are fewer than two.
         steps: private steps it took.
         status: how it ended.
         losses: training loss before each of its steps.
@@ -50,6 +50,11 @@ class Candidate:
     start: str | None = None
     end: str | None = None
     label: str = ""
+
+    @property
+    def result(self) -> ProbeResult:
+        """What the search was told of it, its parts put together."""
+        return ProbeResult(self.losses, self.evaluations, self.status, self.end)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,48 @@
+"""What the losses of probes and of training say: when they are too high, and how far apart those of two candidates are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import sem
+
+from lightning_autolr.core.requests import ProbeResult
+
+__all__ = ["divergence_limit", "paired"]
+
+_FEW = 20  # first losses of a training, among which the highest is looked for
+
+
+def divergence_limit(losses: Sequence[float]) -> float | None:
+    """A training loss as far above the first as this is no noise; None where there are no losses.
+
+    >>> divergence_limit([2.0, 2.5, 1.5])
+    11.0
+    """
+    if not losses:
+        return None
+    first = losses[0]
+    return first + 3 * abs(first) + 3 * (max(losses[:_FEW]) - min(losses))
+
+
+def paired(before: ProbeResult, after: ProbeResult) -> tuple[float, float]:
+    """By how much the loss is higher ``after``: mean and standard error of the differences on the same evaluation batches.
+
+    Unlike numbers of losses, as of a training step that leaves some out, cannot be paired: their errors add up. Of a single
+    loss the error is not known, and taken for zero.
+
+    Args:
+        before: with at least one evaluation.
+        after: likewise, on the same batches.
+    """
+    a, b = (np.asarray(r.evaluations[-1].losses) for r in (before, after))
+    if len(a) != len(b):
+        return float(b.mean() - a.mean()), math.hypot(_standard_error(a), _standard_error(b))
+    return float((b - a).mean()), _standard_error(b - a)
+
+
+def _standard_error(values: NDArray[np.float64]) -> float:
+    return float(sem(values)) if len(values) > 1 else 0.0  # of one value scipy says NaN, with a warning
