@@ -55,6 +55,8 @@ def searches_of(
     pending: list[tuple[Kind, list[Entry]]] = []
     trained = 0
     for entry in trace:
+        if isinstance(entry.request, Probe) and entry.request.permuted:
+            continue  # asks what the network has learnt, and not for a learning rate
         if not isinstance(entry.request, Train):
             kind = _kind(entry.request)
             if not pending or pending[-1][0] != kind or not _is_comparable(entry.request, pending[-1][1][-1].request):
