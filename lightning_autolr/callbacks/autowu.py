@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from typing_extensions import override
-
-from lightning_autolr.core.requests import Run
 from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.schedules import Cosine, Schedule
 from lightning_autolr.search.autowu import AutoWU
@@ -83,7 +80,3 @@ class AutoWUCallback(SearchCallback):
             seed=self.probe_options.seed,
             compat=compat,
         )
-
-    @override
-    def make_search(self, run: Run) -> AutoWU:
-        return self.search

@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_autolr.core.range_rules import RangeSuggestion, Rule
 from lightning_autolr.core.requests import Probe, Run, encode
 from lightning_autolr.engine import compat
+from lightning_autolr.engine.checks import record_folder
 from lightning_autolr.engine.figure_log import FigureLog
 from lightning_autolr.engine.files import Place
 from lightning_autolr.engine.lr import LearningRate, rescale_configured
@@ -89,9 +90,7 @@ class RangeTestCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._folder = (
-            None if trainer.fast_dev_run or trainer.log_dir is None else os.path.join(trainer.log_dir, "autolr")
-        )
+        self._folder = record_folder(trainer)
 
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
