@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from lightning_autolr.commands import inspect
 from lightning_autolr.core.range_rules import RangeSuggestion
 from lightning_autolr.core.requests import LineProbe, Probe, ProbeResult, Status, Train, TrainResult, encode
 from lightning_autolr.core.surrogate import Observation, Suggestion
 from lightning_autolr.report.inspect import (
     Inspection,
     inspect_run,
-    main,
     pieces_of,
     range_suggestion,
     searches_of,
@@ -290,10 +290,9 @@ def test_without_a_search_there_is_no_account(tmp_path: Path) -> None:
     assert only.title == "Range tests"
 
 
-def test_main_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "autolr", TRACE, SEGMENTS)
-    inspection = main(str(tmp_path), csv=str(tmp_path / "rows.csv"), figures=str(tmp_path / "figures"))
-    assert inspection.trace == tuple(TRACE)
+    assert inspect(str(tmp_path), csv=str(tmp_path / "rows.csv"), figures=str(tmp_path / "figures")) == 0
     assert "What was tried" in capsys.readouterr().out
     assert (tmp_path / "rows.csv").exists()
     assert sorted(f.name for f in (tmp_path / "figures").iterdir()) == [
