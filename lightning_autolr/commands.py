@@ -20,9 +20,9 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback
 
 from lightning_autolr.callbacks import ScheduleCallback, SearchCallback
-from lightning_autolr.cli import AutoLRCLI, resolve
 from lightning_autolr.core.range_rules import Rule
 from lightning_autolr.core.refine import refine_schedule
+from lightning_autolr.fit import AutoLRCLI, resolve
 from lightning_autolr.report.jobs import callbacks_of, writing_to
 from lightning_autolr.schedules import Schedule, Tabulated
 
