@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_autolr.core.range_rules import RangeSuggestion, Rule
-from lightning_autolr.core.requests import Probe, Run, encode
+from lightning_autolr.core.requests import Probe, Run
 from lightning_autolr.engine import compat
 from lightning_autolr.engine.checks import record_folder
 from lightning_autolr.engine.figure_log import FigureLog
@@ -23,6 +23,7 @@ from lightning_autolr.engine.probe import ProbeOptions, Prober
 from lightning_autolr.engine.ranks import decide
 from lightning_autolr.engine.steps import steps_per_batch
 from lightning_autolr.report.figures import range_test_figure
+from lightning_autolr.schedules import to_plain
 from lightning_autolr.search.range_test import RangeTest
 
 __all__ = ["RangeTestCallback"]
@@ -142,6 +143,6 @@ class RangeTestCallback(Callback):
     def _write(self, trainer: Any) -> None:
         if trainer.is_global_zero and self._folder is not None:
             os.makedirs(self._folder, exist_ok=True)
-            tests = [{"at": at, "unit": self.unit, "suggestion": encode(s)} for at, s in self.suggestions.items()]
+            tests = [{"at": at, "unit": self.unit, "suggestion": to_plain(s)} for at, s in self.suggestions.items()]
             with open(os.path.join(self._folder, "range_test.json"), "w") as file:
                 json.dump(tests, file, indent=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -115,12 +115,6 @@ def reshard(roots: Iterable[object]) -> None:
 
     After a forward without backward the root group stays gathered, and a copy into the shards would go unseen.
     """
-    for module in _modules(roots):
+    for module in (module for root in roots if isinstance(root, nn.Module) for module in root.modules()):
         if type(module).__name__.startswith("FSDP") and hasattr(module, "reshard"):
             operator.methodcaller("reshard")(module)
-
-
-def _modules(roots: Iterable[object]) -> Iterator[nn.Module]:
-    for root in roots:
-        if isinstance(root, nn.Module):
-            yield from root.modules()

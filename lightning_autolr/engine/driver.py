@@ -27,7 +27,6 @@ from lightning_autolr.core.requests import (
     Train,
     TrainResult,
     decode,
-    encode,
 )
 from lightning_autolr.engine import compat
 from lightning_autolr.engine.checks import check_choice, check_trainer, facts_of, record_folder, steps_made
@@ -43,7 +42,7 @@ from lightning_autolr.engine.segment import ActiveSegment
 from lightning_autolr.engine.state import RandomState
 from lightning_autolr.engine.steps import real_loss, steps_per_batch
 from lightning_autolr.report.trace import Entry, Record, account_of, read_leftover, summary_of
-from lightning_autolr.schedules import Segment
+from lightning_autolr.schedules import Segment, to_plain
 from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.ratchet import Guarded, Ratchet
 
@@ -326,7 +325,7 @@ class SearchCallback(Callback):
             active.read(self._trainer.strategy)
         return {
             "trace": [entry.to_json() for entry in self._record.trace],
-            "segments": [encode(s) for s in self._record.segments],
+            "segments": [to_plain(s) for s in self._record.segments],
             "active": None if active is None else active.state_dict(),
             "kept_at": dict(self._kept_at),
             "back_to": self._back_to,

@@ -23,7 +23,7 @@ from lightning_autolr.engine.files import Place, make_store
 from lightning_autolr.engine.line import answer_line_probe
 from lightning_autolr.engine.lr import LearningRate
 from lightning_autolr.engine.quiet import LogSink, deferred_signals, quiet
-from lightning_autolr.engine.ranks import gather, mean_over_ranks, smallest
+from lightning_autolr.engine.ranks import gather, mean_over_ranks
 from lightning_autolr.engine.state import Fork, RandomState, take_gradients
 from lightning_autolr.engine.steps import private_step, steps_per_batch, to_device
 
@@ -330,5 +330,5 @@ class Prober:
                 self.trainer, self._options.eval_batches, val_loaders(self.trainer), self._options.seed
             )
             # Forward passes are collective on several ranks: all make the same number of them.
-            self._validation = batches[: smallest(self._strategy, len(batches))]
+            self._validation = batches[: min(gather(len(batches)))]
         return self._validation

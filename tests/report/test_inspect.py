@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lightning_autolr.commands import inspect
 from lightning_autolr.core.range_rules import RangeSuggestion
-from lightning_autolr.core.requests import LineProbe, Probe, ProbeResult, Status, Train, TrainResult, encode
+from lightning_autolr.core.requests import LineProbe, Probe, ProbeResult, Status, Train, TrainResult
 from lightning_autolr.core.surrogate import Observation, Suggestion
 from lightning_autolr.report.inspect import (
     Inspection,
@@ -25,7 +25,7 @@ from lightning_autolr.report.inspect import (
     searches_of,
 )
 from lightning_autolr.report.trace import Entry
-from lightning_autolr.schedules import Points, Segment, Shifted, Tabulated
+from lightning_autolr.schedules import Points, Segment, Shifted, Tabulated, to_plain
 from lightning_autolr.search import published
 from lightning_autolr.search.beam import BeamSearch
 from lightning_autolr.search.factors import FactorSearch
@@ -260,7 +260,7 @@ def test_range_tests_of_the_callback(tmp_path: Path) -> None:
     search = RangeTest(1e-4, 2.0, 60, repeats=2)
     run = run_toy(search, off_centre(), 10)
     suggestion = range_suggestion(searches_of(entries_of(run.trace))[0])
-    tests = [{"at": 3, "unit": "epoch", "suggestion": encode(suggestion)}]
+    tests = [{"at": 3, "unit": "epoch", "suggestion": to_plain(suggestion)}]
     (tmp_path / "range_test.json").write_text(json.dumps(tests))
     inspection = inspect_run(tmp_path)
     assert inspection.range_tests == (("epoch 3", suggestion),)
