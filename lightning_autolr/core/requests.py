@@ -311,6 +311,7 @@ def decode(value: Any) -> Any:
 
     Lists come back as tuples.
 
+    >>> from lightning_autolr.schedules import to_plain
     >>> decode(to_plain(Probe(lr=0.1, num_steps=5))) == Probe(lr=0.1, num_steps=5)
     True
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_autolr.core.requests import LineProbe, LineResult, Probe
-from lightning_autolr.engine.compat import local_tensor
+from lightning_autolr.engine.compat import foreach_add_, foreach_neg_, local_tensor
 from lightning_autolr.engine.ranks import gather, mean_over_ranks
 from lightning_autolr.engine.steps import steps_per_batch
 
@@ -44,7 +44,7 @@ def _losses_along(prober: Prober, request: LineProbe) -> LineResult:
     losses, at = [], 0.0
     for factor in request.factors:
         prober.leave()
-        torch._foreach_add_(weights, update, alpha=factor - at)
+        foreach_add_(weights, update, alpha=factor - at)
         at = factor
         losses.append(_evaluation(prober, request))
     return LineResult(base, tuple(losses))
@@ -76,8 +76,8 @@ def _update(prober: Prober, request: LineProbe, lr: float, num_steps: int) -> tu
     weights = _weights(prober)
     before = [w.detach().clone() for w in weights]
     base = _make_steps(prober, request, lr, num_steps)
-    torch._foreach_neg_(before)
-    torch._foreach_add_(before, weights)
+    foreach_neg_(before)
+    foreach_add_(before, weights)
     prober.go_to(request.start or "here")
     return before, base
 

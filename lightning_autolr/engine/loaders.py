@@ -44,7 +44,8 @@ def private_loader(loader: Any, seed: int, draw: int, skip: int, copies: dict[in
     memo: dict[int, Any] = {id(loader.dataset): loader.dataset}
     for held in (loader.sampler, loader.batch_sampler):
         for name in ("data_source", "dataset"):
-            if held is not None and (data := getattr(held, name, None)) is not None and not hasattr(data, "_sampler"):
+            data = getattr(held, name, None)
+            if data is not None and compat.wrapped_sampler(data) is None:
                 memo[id(data)] = data
     if loader.generator is not None:
         memo[id(loader.generator)] = _generator(seed)
@@ -90,8 +91,8 @@ def _chain(sampler: Any) -> Iterator[Any]:
     while sampler is not None and id(sampler) not in seen and hasattr(sampler, "__dict__"):
         seen.add(id(sampler))
         yield sampler
-        inner = getattr(sampler, "sampler", None) or getattr(sampler, "_sampler", None)
-        sampler = inner if inner is not None else getattr(getattr(sampler, "dataset", None), "_sampler", None)
+        inner = getattr(sampler, "sampler", None) or compat.wrapped_sampler(sampler)
+        sampler = inner if inner is not None else compat.wrapped_sampler(getattr(sampler, "dataset", None))
 
 
 def _generator(seed: int) -> torch.Generator:

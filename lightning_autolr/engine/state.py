@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_autolr.engine.compat import local_tensor, reshard
+from lightning_autolr.engine.compat import OWNERS, is_view, local_tensor, reshard
 from lightning_autolr.engine.files import Store
 
 __all__ = ["Fork", "RandomState", "take_gradients"]
 
 # Not part of a training state: who owns the module, and the sink that stands in for `log` while a search is running.
-_LEFT_ALONE = frozenset({"_trainer", "_fabric", "log"})
+_LEFT_ALONE = OWNERS | {"log"}
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size)
 _WALKED = (nn.Module, Optimizer, LRScheduler, torch.amp.GradScaler, SimpleNamespace)
 
@@ -272,4 +272,4 @@ def take_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[tuple[nn.Para
     for parameter in parameters:
         if parameter.grad is not None:
             grad, parameter.grad = parameter.grad, None
-            yield parameter, grad.clone() if grad._is_view() else grad
+            yield parameter, grad.clone() if is_view(grad) else grad
