@@ -217,8 +217,8 @@ def range_test(
         max_lr: top of the ladder.
         num_steps: rungs of the ladder.
         repeats: climbs with other batches each; their spread gives the interval.
-        rule: a tenth of where the loss is lowest (for a constant learning rate), a quarter of where it runs away (when a
-            decay follows), the longest valley, or the steepest slope.
+        rule: "minimum" (a tenth of where the loss is lowest; for a constant learning rate), "edge" (a quarter of where it
+            begins to rise; when a decay follows), "valley" (the middle of the main fall) or "steepest".
         out: folder for ``autolr/range_test.json`` and the picture.
         overrides: further arguments of ``fit``.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -55,6 +56,12 @@ def modules() -> Iterator[tuple[str, Path]]:
 def test_imports_point_downwards() -> None:
     assert {name.split(".")[1] for name, _ in modules()} >= set(LAYERS)
     assert [v for name, path in modules() for v in violations(path.read_text(), name)] == []
+
+
+def test_the_table_of_the_engine_is_complete() -> None:
+    table = (PACKAGE / "engine/__init__.py").read_text()
+    named = re.findall(r"^``(\w+)``", table, re.MULTILINE)
+    assert sorted(named) == sorted({path.stem for path in (PACKAGE / "engine").glob("*.py")} - {"__init__"})
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ class RangeTestCallback(Callback):
         num_steps: rungs of the ladder.
         mode: "exponential" or "linear" ladder.
         repeats: climbs with other batches each; their spread gives the interval.
-        rule: "minimum" (a tenth of where the loss is lowest; for a constant learning rate), "edge" (a quarter of where it runs
-            away; when a decay follows), "valley" or "steepest".
+        rule: "minimum" (a tenth of where the loss is lowest; for a constant learning rate), "edge" (a quarter of where it
+            begins to rise; when a decay follows), "valley" (the middle of the main fall) or "steepest".
         apply: use the suggestion, when there is one.
         stop: end the run after the test.
         fork: where the copy of the training state lies.
