@@ -54,9 +54,6 @@ class EverywhereCallback(SearchCallback):
         super().__init__(figures=False)
         self.search = search
 
-    def make_search(self, run: Run) -> AbstractSearch:
-        return self.search
-
 
 def candidates(name: str, seed: int, lengths: Sequence[int], num_lrs: int) -> dict[tuple[int, float], ProbeResult]:
     """Answers by length and learning rate; the grid of learning rates lies around the one of ``quality.py``."""

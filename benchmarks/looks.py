@@ -57,9 +57,6 @@ class LooksCallback(SearchCallback):
         super().__init__(figures=False)
         self.search = search
 
-    def make_search(self, run: Run) -> AbstractSearch:
-        return self.search
-
 
 def looks(seed: int, num_steps: int) -> Looks:
     task, search = TASKS["fashion"], Looks()

@@ -94,9 +94,6 @@ class Timed(SearchCallback):
         super().__init__(objective="train")
         self.search = search
 
-    def make_search(self, run: Run) -> AbstractSearch:
-        return self.search
-
 
 def data(size: int, batch: int) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(0)

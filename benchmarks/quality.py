@@ -139,10 +139,7 @@ class RangeThen(AbstractSearch):
 class RangeThenCallback(SearchCallback):
     def __init__(self, schedule: Schedule, **options: Any) -> None:
         super().__init__(**options)
-        self.recipe = RangeThen(schedule)
-
-    def make_search(self, run: Run) -> AbstractSearch:
-        return self.recipe
+        self.search = RangeThen(schedule)
 
 
 class ScheduleFreeMode(Callback):

@@ -13,18 +13,21 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback
 
 from lightning_autolr.callbacks import ScheduleCallback, SearchCallback
-from lightning_autolr.cli import AutoLRCLI, resolve
 from lightning_autolr.core.range_rules import Rule
 from lightning_autolr.core.refine import refine_schedule
+from lightning_autolr.fit import AutoLRCLI, resolve
 from lightning_autolr.report.jobs import callbacks_of, writing_to
 from lightning_autolr.schedules import Schedule, Tabulated
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["compare", "inspect", "preview", "range_test", "refine", "replay"]
 
@@ -55,12 +58,10 @@ def compare(
         out: folder for the runs, ``runs.csv``, ``comparison.json`` and ``comparison.html``.
         overrides: further arguments of ``fit``.
     """
-    from rich.console import Console
-
     from lightning_autolr.report.compare import compare_configs
     from lightning_autolr.report.page import write_page
 
-    console = Console(width=None if sys.stdout.isatty() else 140)  # a file has no width to fit in
+    console = _console()
     with _exiting_on_sigterm():
         comparison = compare_configs(
             {name: resolve(path, overrides) for name, path in _named(configs).items()},
@@ -123,9 +124,21 @@ def inspect(run_dir: str, csv: str | None = None, figures: str | None = None) ->
         csv: file to write all rows to.
         figures: folder to write all figures to, as PNG.
     """
-    from lightning_autolr.report.inspect import main
+    from lightning_autolr.report.figures import drawings_of, range_test_figure, save_figure
+    from lightning_autolr.report.inspect import inspect_run
 
-    main(run_dir, csv, figures)
+    console, inspection = _console(), inspect_run(run_dir)
+    console.print(inspection)
+    if csv is not None:
+        console.print(f"Rows: {inspection.to_csv(csv)}", soft_wrap=True)
+    if figures is not None:
+        drawings = drawings_of(inspection.trace, inspection.segments)
+        for name, draw in drawings.items():
+            save_figure(draw(), Path(figures) / f"{name}.png")
+        for at, found in inspection.range_tests:
+            save_figure(range_test_figure(found), Path(figures) / f"range_test_{at.replace(' ', '_')}.png")
+        number = len(drawings) + len(inspection.range_tests)
+        console.print(f"{number} figure{'s' * (number != 1)}: {figures}", soft_wrap=True)
     return 0
 
 
@@ -205,8 +218,8 @@ def range_test(
         max_lr: top of the ladder.
         num_steps: rungs of the ladder.
         repeats: climbs with other batches each; their spread gives the interval.
-        rule: a tenth of where the loss is lowest (for a constant learning rate), a quarter of where it runs away (when a
-            decay follows), the longest valley, or the steepest slope.
+        rule: "minimum" (a tenth of where the loss is lowest; for a constant learning rate), "edge" (a quarter of where it
+            begins to rise; when a decay follows), "valley" (the middle of the main fall) or "steepest".
         out: folder for ``autolr/range_test.json`` and the picture.
         overrides: further arguments of ``fit``.
     """
@@ -227,6 +240,12 @@ def range_test(
     target.mkdir(parents=True, exist_ok=True)
     _fit(values, *writing_to(target), cli=_Silent)
     return inspect(str(target), figures=str(target / "autolr"))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 140)  # a file has no width to fit in
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import pytest
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_autolr import cli, commands
+from lightning_autolr.fit import resolve
 from lightning_autolr.schedules import Tabulated
 
 # LightningCLI's calls of jsonargparse, not ours
@@ -115,8 +116,8 @@ def test_every_task_has_every_method() -> None:
 
 def test_a_file_takes_what_it_does_not_say_from_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # paths in a file are relative to it
-    config = cli.resolve(str(CONFIGS / "digits/rex.yaml"))
-    assert config["trainer"]["max_steps"] == cli.resolve(str(CONFIGS / "digits.yaml"))["trainer"]["max_steps"]
+    config = resolve(str(CONFIGS / "digits/rex.yaml"))
+    assert config["trainer"]["max_steps"] == resolve(str(CONFIGS / "digits.yaml"))["trainer"]["max_steps"]
     assert config["trainer"]["logger"]["init_args"]["name"] == "digits/rex"
     (callback,) = config["trainer"]["callbacks"]
     assert callback["class_path"] == "lightning_autolr.ScheduleCallback"
@@ -180,10 +181,10 @@ def test_help_names_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--help"])
     assert not end.value.code
     text = capsys.readouterr().out
-    assert all(command in text for command in ("fit", "validate", "test", "predict", *cli._commands()))
+    assert all(command in text for command in ("fit", "validate", "test", "predict", *cli.COMMANDS))
 
 
-@pytest.mark.parametrize("command", sorted(cli._commands()))
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
 def test_every_command_explains_its_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])
@@ -212,7 +213,7 @@ def test_flags_stand_alone_and_dashes_are_underscores(flags: list[str], monkeypa
         given.update(locals())
         return 0
 
-    monkeypatch.setattr(commands, "compare", compare)
+    monkeypatch.setitem(cli.COMMANDS, "compare", compare)
     assert cli.main(["compare", "a_b.yaml", "c.yaml", *flags, "--out=x_y", "--", "--trainer.max_steps=3"]) == 0
     assert given["equal_total_steps"] is bool(flags)
     assert (given["configs"], given["out"]) == (["a_b.yaml", "c.yaml"], "x_y")
@@ -241,7 +242,7 @@ def test_errors_name_the_key(option: str, named: str, capsys: pytest.CaptureFixt
 
 def test_resolving_a_bad_configuration_fails(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        cli.resolve(str(CONFIGS / "digits/rex.yaml"), ["--trainer.max_steps=few"])
+        resolve(str(CONFIGS / "digits/rex.yaml"), ["--trainer.max_steps=few"])
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert "max_steps" in error

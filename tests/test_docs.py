@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_autolr import cli
+from lightning_autolr.fit import resolve
 
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
@@ -41,7 +42,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_command_is_shown() -> None:
-    assert {line.split()[1] for line in shown()} >= {"fit", *cli._commands()}
+    assert {line.split()[1] for line in shown()} >= {"fit", *cli.COMMANDS}
 
 
 @pytest.mark.parametrize("line", shown())
@@ -50,9 +51,9 @@ def test_commands_are_understood(line: str, monkeypatch: pytest.MonkeyPatch) -> 
     _, name, *arguments = shlex.split(line)
     if name == "fit":
         at = arguments.index("--config")
-        assert cli.resolve(arguments[at + 1], [*arguments[:at], *arguments[at + 2 :]])["trainer"]
+        assert resolve(arguments[at + 1], [*arguments[:at], *arguments[at + 2 :]])["trainer"]
         return
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    options = cli._parser_of(name, cli._commands()[name]).parse_args([cli._dashed(argument) for argument in own])
+    options = cli._parser_of(name, cli.COMMANDS[name]).parse_args([cli._dashed(argument) for argument in own])
     configs = options.get("configs") or [c for c in [options.get("config")] if c]
     assert all(list(ROOT.glob(config)) for config in configs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import lightning_autolr
 PACKAGE = Path(lightning_autolr.__file__).parent
 NAME = "lightning_autolr"
 # From the bottom to the top. A layer may import itself and what stands below it.
-LAYERS = ["schedules", "core", "search", "report", "engine", "callbacks", "tasks", "cli"]
+LAYERS = ["schedules", "core", "search", "report", "engine", "callbacks", "tasks", "fit", "commands", "cli"]
 WITHOUT_LIGHTNING = ["schedules", "core", "search"]
 
 
@@ -53,8 +54,14 @@ def modules() -> Iterator[tuple[str, Path]]:
 
 
 def test_imports_point_downwards() -> None:
-    assert {name.split(".")[1] for name, _ in modules()} >= set(LAYERS) - {"cli"}
+    assert {name.split(".")[1] for name, _ in modules()} >= set(LAYERS)
     assert [v for name, path in modules() for v in violations(path.read_text(), name)] == []
+
+
+def test_the_table_of_the_engine_is_complete() -> None:
+    table = (PACKAGE / "engine/__init__.py").read_text()
+    named = re.findall(r"^``(\w+)``", table, re.MULTILINE)
+    assert sorted(named) == sorted({path.stem for path in (PACKAGE / "engine").glob("*.py")} - {"__init__"})
 
 
 @pytest.mark.parametrize(

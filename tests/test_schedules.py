@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
 import lightning_autolr.schedules as schedules
-from lightning_autolr.core.requests import Train, decode, encode
+from lightning_autolr.core.requests import Train, decode
 from lightning_autolr.schedules import (
     Constant,
     Cosine,
@@ -404,7 +404,7 @@ def test_survives_json_to_the_bit(schedule: Schedule) -> None:
 @every
 def test_survives_a_recorded_request(schedule: Schedule) -> None:
     request = Train(lr=0.1, num_steps=20, shape=schedule)
-    assert decode(json.loads(json.dumps(encode(request)))) == request
+    assert decode(json.loads(json.dumps(to_plain(request)))) == request
 
 
 @every

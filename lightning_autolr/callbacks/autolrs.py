@@ -5,14 +5,10 @@ from __future__ import annotations
 from inspect import signature
 from typing import Any, Literal
 
-from typing_extensions import override
-
-from lightning_autolr.core.requests import Run
 from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.schedules import Rex, Schedule
 from lightning_autolr.search.autolrs import AutoLRS
 from lightning_autolr.search.autowu import AutoWU
-from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.published import PublishedAutoLRS
 from lightning_autolr.search.ratchet import Ratchet
 
@@ -45,14 +41,10 @@ class AutoLRSCallback(SearchCallback):
             "auto", too: training losses until a stage of ``tau_max`` steps was made, validation losses from then on, as the
             authors' code does. None is "validation" as published; with "early" it is "train" for candidates of ten steps and
             more, and "validation" for shorter ones, as in runs of less than 160 steps.
-        monitor: name of the validation value that the ratchet looks at, and that scores candidates by "validation".
         kappa: "published": weight of the standard deviation in the lower confidence bound; the published value fills the space.
         estimator: "published": "bounded" forecasts, or the "reference" ones of the authors' code.
         warmup_steps: "published": steps before the first stage that rise to ``warmup_lr``, not searched.
         warmup_lr: "published": learning rate at their end; None is ``max_lr``.
-        fork: where the copy of the training state lies: "device", "cpu" or "disk".
-        on_scheduler: what to do with learning-rate schedulers of the module: "override", "multiply" or "error".
-        seed: seed of everything random in the search.
         method: "early" or "published".
         search_budget: "early": search steps as a share of the run's, at most; None is a twentieth, and more in short runs.
         caution: "early": what the best candidate's learning rate is divided by, since a run is longer than a probe; None is 2,
@@ -84,14 +76,10 @@ class AutoLRSCallback(SearchCallback):
         min_lr: float | None = None,
         max_lr: float | None = None,
         objective: Literal["validation", "holdout", "train", "auto"] | None = None,
-        monitor: str = "val_loss",
         kappa: float = 1e6,
         estimator: Literal["bounded", "reference"] = "bounded",
         warmup_steps: int = 0,
         warmup_lr: float | None = None,
-        fork: Literal["device", "cpu", "disk"] = "device",
-        on_scheduler: Literal["override", "multiply", "error"] = "override",
-        seed: int = 0,
         method: Literal["early", "published"] = "early",
         search_budget: float | None = None,
         warmup_fraction: float = 0.1,
@@ -111,16 +99,12 @@ class AutoLRSCallback(SearchCallback):
         signal = objective or ("validation" if method == "published" else "train")
         super().__init__(
             objective="validation" if signal == "auto" else signal,
-            monitor=monitor,
-            fork=fork,
-            on_scheduler=on_scheduler,
-            seed=seed,
             ratchet=Ratchet(longest_stage=tau) if method == "early" and ratchet in (None, True) else ratchet or False,
             **options,
         )
         if warmup not in (None, "autowu"):
             raise ValueError(f"Expected warmup to be 'autowu' or None, got {warmup!r}.")
-        self.search: AbstractSearch
+        seed = self.probe_options.seed
         if method == "early":
             if objective == "auto":
                 raise ValueError(
@@ -154,7 +138,3 @@ class AutoLRSCallback(SearchCallback):
                 warmup_lr=warmup_lr,
                 seed=seed,
             )
-
-    @override
-    def make_search(self, run: Run) -> AbstractSearch:
-        return self.search

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from typing_extensions import override
-
-from lightning_autolr.core.requests import Run
 from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.schedules import Cosine, Schedule
 from lightning_autolr.search.autowu import AutoWU
@@ -28,7 +25,8 @@ class AutoWUCallback(SearchCallback):
         confidence: probability of a past minimum above which a test votes yes.
         num_tests: votes of each test.
         patience: tests in a row that must say yes.
-        test_every: steps between two tests; None: at least twenty in the longest warm-up, at most one per epoch.
+        test_every: steps between two tests; None is an epoch, or a twentieth of the longest warm-up if that is less, but no
+            less than a hundredth of it.
         decay: shape after the warm-up; None is a cosine to zero.
         immediate_cooldown: decay at once, or hold until ``cooldown_fraction`` of the run is left.
         cooldown_fraction: see ``immediate_cooldown``.
@@ -83,7 +81,3 @@ class AutoWUCallback(SearchCallback):
             seed=self.probe_options.seed,
             compat=compat,
         )
-
-    @override
-    def make_search(self, run: Run) -> AutoWU:
-        return self.search

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from typing_extensions import override
-
-from lightning_autolr.core.requests import Run
 from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.search.beam import BeamSearch
 
@@ -62,7 +59,3 @@ class BeamSearchCallback(SearchCallback):
             keep_ends=keep_ends,
             seed=self.probe_options.seed,
         )
-
-    @override
-    def make_search(self, run: Run) -> BeamSearch:
-        return self.search

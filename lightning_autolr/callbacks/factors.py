@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from typing_extensions import override
-
-from lightning_autolr.core.requests import Run
 from lightning_autolr.core.scores import Normalization
 from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.search.factors import FactorSearch
@@ -88,7 +85,3 @@ class FactorSearchCallback(SearchCallback):
             shuffle_scores=shuffle_scores,
             seed=self.probe_options.seed,
         )
-
-    @override
-    def make_search(self, run: Run) -> FactorSearch:
-        return self.search

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_autolr.core.requests import Run
+from lightning_autolr.engine.checks import record_folder
 from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.engine.grad_norms import GradNorms, Norm
 from lightning_autolr.search.refined import OnlineRefined
@@ -45,9 +45,7 @@ class GradNormCallback(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.norms, self._loaded = self._loaded, []
         self._meter = GradNorms(trainer, self.norm, self.clipped)
-        self._folder = (
-            None if trainer.fast_dev_run or trainer.log_dir is None else os.path.join(trainer.log_dir, "autolr")
-        )
+        self._folder = record_folder(trainer)
 
     @override
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -106,10 +104,6 @@ class RefinedScheduleCallback(SearchCallback):
     ) -> None:
         super().__init__(**options)
         self.search = OnlineRefined(peak_lr=peak_lr, norm=norm, smoothing=smoothing, every=every)
-
-    @override
-    def make_search(self, run: Run) -> OnlineRefined:
-        return self.search
 
     @property
     @override

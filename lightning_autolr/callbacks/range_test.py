@@ -14,8 +14,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_autolr.core.range_rules import RangeSuggestion, Rule
-from lightning_autolr.core.requests import Probe, encode
+from lightning_autolr.core.requests import Probe
 from lightning_autolr.engine import compat
+from lightning_autolr.engine.checks import record_folder
 from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.engine.figure_log import FigureLog
 from lightning_autolr.engine.files import Place
@@ -24,6 +25,7 @@ from lightning_autolr.engine.probe import ProbeOptions, Prober
 from lightning_autolr.engine.ranks import decide
 from lightning_autolr.engine.steps import steps_per_batch
 from lightning_autolr.report.figures import range_test_figure
+from lightning_autolr.schedules import to_plain
 from lightning_autolr.search.range_test import RangeTest
 
 __all__ = ["RangeTestCallback"]
@@ -45,8 +47,8 @@ class RangeTestCallback(Callback):
         num_steps: rungs of the ladder.
         mode: "exponential" or "linear" ladder.
         repeats: climbs with other batches each; their spread gives the interval.
-        rule: "minimum" (a tenth of where the loss is lowest; for a constant learning rate), "edge" (a quarter of where it runs
-            away; when a decay follows), "valley" or "steepest".
+        rule: "minimum" (a tenth of where the loss is lowest; for a constant learning rate), "edge" (a quarter of where it
+            begins to rise; when a decay follows), "valley" (the middle of the main fall) or "steepest".
         apply: use the suggestion, when there is one.
         stop: end the run after the test.
         fork: where the copy of the training state lies.
@@ -102,9 +104,7 @@ class RangeTestCallback(Callback):
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._done, self._loaded, self.suggestions = self._loaded, [], {}
-        self._folder = (
-            None if trainer.fast_dev_run or trainer.log_dir is None else os.path.join(trainer.log_dir, "autolr")
-        )
+        self._folder = record_folder(trainer)
 
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -156,6 +156,6 @@ class RangeTestCallback(Callback):
     def _write(self, trainer: Any) -> None:
         if trainer.is_global_zero and self._folder is not None:
             os.makedirs(self._folder, exist_ok=True)
-            tests = [{"at": at, "unit": self.unit, "suggestion": encode(s)} for at, s in self.suggestions.items()]
+            tests = [{"at": at, "unit": self.unit, "suggestion": to_plain(s)} for at, s in self.suggestions.items()]
             with open(os.path.join(self._folder, "range_test.json"), "w") as file:
                 json.dump(tests, file, indent=1)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_autolr.core.requests import Run
 from lightning_autolr.engine.driver import SearchCallback
-from lightning_autolr.engine.lr import OnScheduler
 from lightning_autolr.schedules import Schedule, Tabulated
 from lightning_autolr.search.fixed import Fixed
 
@@ -26,8 +25,6 @@ class ScheduleCallback(SearchCallback):
         schedule: any schedule, or one that a search found (``Tabulated.from_file(path)``), which is repeated bit for bit
             (unless a segment of it leaps, see :class:`~lightning_autolr.schedules.Segment`).
         peak_lr: learning rate at factor 1; None is the one configured in the module. Unused by found schedules.
-        total_steps: optimizer steps to stretch an open schedule over; "auto" asks the Trainer.
-        on_scheduler: what to do with learning-rate schedulers of the module: "override", "multiply" or "error".
         options: see :class:`~lightning_autolr.engine.driver.SearchCallback`.
 
     Example::
@@ -39,15 +36,13 @@ class ScheduleCallback(SearchCallback):
         self,
         schedule: Schedule,
         peak_lr: float | None = None,
-        total_steps: int | Literal["auto"] = "auto",
-        on_scheduler: OnScheduler = "override",
         **options: Any,
     ) -> None:
         if not isinstance(schedule, Schedule):
             raise TypeError(f"Expected a Schedule, got {schedule!r}. For a file pass `Tabulated.from_file(path)`.")
         if peak_lr is not None and not peak_lr > 0:
             raise ValueError(f"Expected peak_lr > 0 or None, got {peak_lr=}.")
-        super().__init__(total_steps=total_steps, on_scheduler=on_scheduler, **options)
+        super().__init__(**options)
         self.schedule_to_follow = schedule
         self.peak_lr = peak_lr
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
-from lightning_autolr.schedules import Constant, Schedule, Segment, from_plain, to_plain
+from lightning_autolr.schedules import Constant, Schedule, Segment, from_plain
 
 __all__ = [
     "Answer",
@@ -36,7 +36,6 @@ __all__ = [
     "TrainResult",
     "decode",
     "diverged",
-    "encode",
     "private_steps",
 ]
 
@@ -338,19 +337,14 @@ def _resolve_shape(request: Probe | Train) -> None:
         object.__setattr__(request, "shape", request.shape.stretched(request.num_steps))
 
 
-def encode(value: Any) -> Any:
-    """Turn requests, answers and schedules into plain JSON values; :func:`decode` is its inverse.
-
-    >>> encode(Train(lr=0.1, num_steps=None))["type"]
-    'Train'
-    >>> decode(encode(Probe(lr=0.1, num_steps=5))) == Probe(lr=0.1, num_steps=5)
-    True
-    """
-    return to_plain(value)
-
-
 def decode(value: Any) -> Any:
-    """Rebuild what :func:`encode` wrote. Lists come back as tuples; fields that an older version did not write, as defaults.
+    """Rebuild requests, answers and schedules of which :func:`~lightning_autolr.schedules.to_plain` has made plain values.
+
+    Lists come back as tuples; fields that an older version did not write, as defaults.
+
+    >>> from lightning_autolr.schedules import to_plain
+    >>> decode(to_plain(Probe(lr=0.1, num_steps=5))) == Probe(lr=0.1, num_steps=5)
+    True
 
     Raises:
         ValueError: a ``type`` or a field that this version does not know.

@@ -1,8 +1,35 @@
 """The only code that knows what a training state is, and the only place for private Lightning API.
 
-``state``    capture and put back a training state, in place           ``lr``        write learning rates
-``files``    where the captured bytes lie: device, pinned CPU, disk    ``ranks``     reduce and broadcast
-``steps``    private optimizer steps                                   ``quiet``     nobody hears of a private step
-``batches``  the batches of private steps                              ``probe``     answers a search's requests
-``evaluate`` validation by hand                                        ``driver``    the callback that runs a search
+The run:
+
+``driver``        the callback that runs a search inside a Trainer
+``conversation``  what the search and the run tell each other
+``segment``       the piece of real training that is going on
+``lr``            writes learning rates
+``grad_norms``    the gradient norm of each step
+``checks``        what can be wrong with a Trainer or an option, and what a search may know of the run
+
+Private steps:
+
+``probe``         answers a search's requests
+``line``          answers those along one update
+``steps``         optimizer steps without the Trainer's loop
+``batches``       what they are made on
+``loaders``       where these come from, while the user's own loaders stand still
+``evaluate``      validation by hand
+``batch_norm``    running statistics, taken anew for an evaluation
+``quiet``         nobody hears of a private step
+
+The training state:
+
+``state``         capture it and put it back, in place
+``files``         where the captured bytes lie: device, pinned CPU, disk
+``kept``          kept states in checkpoints
+
+For the rest:
+
+``ranks``         reduce and broadcast
+``progress``      what is being tried, in the user's progress bar
+``figure_log``    figures and the account, for the user's logger
+``compat``        private names of Lightning and torch
 """

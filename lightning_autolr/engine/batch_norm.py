@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_autolr.engine.compat import BatchNorm
 
 __all__ = ["updated_statistics"]
 
@@ -27,7 +28,7 @@ def updated_statistics(modules: Iterable[nn.Module], evaluate: Callable[[], Any]
     update (in evaluation mode, without running statistics or with momentum 0) stay as they are; if there are no others,
     ``evaluate`` is not called.
     """
-    layers = [m for m in modules if isinstance(m, _BatchNorm) and m.training and m.momentum != 0]
+    layers = [m for m in modules if isinstance(m, BatchNorm) and m.training and m.momentum != 0]
     collected = {layer: _Statistics(layer) for layer in layers if layer.running_mean is not None}
     if not collected:
         yield

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from lightning_autolr.engine import compat
+from lightning_autolr.engine.loaders import private_loader
 from lightning_autolr.engine.state import RandomState
 
 _MIN_EVALUATIONS = 8
@@ -104,7 +104,7 @@ class Draws:
         seed = mix(self._seed, draw, number)
         if anew:
             self._copies.clear()
-        clone = partial(_clone, seed=seed, draw=draw, skip=0 if number else skip, copies=self._copies)
+        clone = partial(private_loader, seed=seed, draw=draw, skip=0 if number else skip, copies=self._copies)
         if self._loader is not None:
             return iter(clone(self._loader))
         combined = compat.combined_loader(self._trainer)
@@ -194,7 +194,7 @@ def validation_batches(trainer: Any, count: int | None, loaders: list[Any], seed
         return [
             (batch, i, number)
             for number, loader in enumerate(loaders)
-            for i, batch in enumerate(_first(_clone(loader, mix(seed), 0, 0, {}), counts[number]))
+            for i, batch in enumerate(_first(private_loader(loader, mix(seed), 0, 0, {}), counts[number]))
         ]
 
     batches: list[tuple[Any, int, int]] = randomness.run(load)
@@ -228,79 +228,3 @@ def _leaves(batch: Any) -> Iterator[Any]:
             yield from _leaves(item)
     else:
         yield batch
-
-
-def _clone(loader: Any, seed: int, draw: int, skip: int, copies: dict[int, Any]) -> Iterable[Any]:
-    """A loader on the same data with its own iterator, samplers and generators.
-
-    Where a stream or a loader of the user's own stands may be an attribute of it, so it is copied, into ``copies``.
-    """
-    if not isinstance(loader, DataLoader):
-        again: Iterable[Any] = _copied(loader, copies)
-        if iter(again) is again:
-            raise ValueError(
-                f"Expected a loader that can be iterated twice, got {type(loader).__name__}, which is its own iterator. "
-                "Pass `probe_dataloader=` with batches for the probes."
-            )
-        return again
-    clone = compat.clone_loader(loader)
-    if isinstance(loader.dataset, IterableDataset):
-        compat.set_in_loader(clone, dataset=_copied(loader.dataset, copies), generator=_generator(seed))
-        return itertools.islice(clone, skip, None) if skip else clone
-    # Sampler chains are copied whole, less the data that they point to.
-    batch_sampler: Any
-    memo: dict[int, Any] = {id(loader.dataset): loader.dataset}
-    for held in (loader.sampler, loader.batch_sampler):
-        for name in ("data_source", "dataset"):
-            if held is not None and (data := getattr(held, name, None)) is not None and not hasattr(data, "_sampler"):
-                memo[id(data)] = data
-    if loader.generator is not None:
-        memo[id(loader.generator)] = _generator(seed)
-    batch_sampler, sampler = copy.deepcopy((loader.batch_sampler, loader.sampler), memo)
-    for copied in _chain(batch_sampler if batch_sampler is not None else sampler):
-        for value in vars(copied).values():
-            if isinstance(value, torch.Generator):
-                value.manual_seed(seed)
-        if hasattr(copied, "set_epoch"):
-            copied.set_epoch(10**6 + draw)  # no epoch of the run
-    if batch_sampler is not None and isinstance(loader.sampler, SequentialSampler) and len(batch_sampler) > 0:
-        batch_sampler = _Rotated(batch_sampler, skip % len(batch_sampler))
-    compat.set_in_loader(clone, batch_sampler=batch_sampler, sampler=sampler, generator=_generator(seed))
-    return clone
-
-
-def _copied(stream: Any, copies: dict[int, Any]) -> Any:
-    """Its copy; the stream itself if it cannot be copied."""
-    if id(stream) not in copies:
-        try:
-            copies[id(stream)] = copy.copy(stream)
-        except (TypeError, RecursionError):  # as of generators, and of wrappers that ask another object for everything
-            return stream
-    return copies[id(stream)]
-
-
-class _Rotated:
-    """The batches of an ordered sampler, beginning later: another draw should not see the same first batches again."""
-
-    def __init__(self, batch_sampler: Any, skip: int) -> None:
-        self._batch_sampler, self._skip = batch_sampler, skip
-
-    def __iter__(self) -> Iterator[Any]:
-        return itertools.islice(iter(self._batch_sampler), self._skip, None)
-
-    def __len__(self) -> int:
-        return len(self._batch_sampler) - self._skip
-
-
-def _chain(sampler: Any) -> Iterator[Any]:
-    """A sampler and the samplers inside it."""
-    seen: set[int] = set()
-    while sampler is not None and id(sampler) not in seen and hasattr(sampler, "__dict__"):
-        seen.add(id(sampler))
-        yield sampler
-        inner = getattr(sampler, "sampler", None) or getattr(sampler, "_sampler", None)
-        sampler = inner if inner is not None else getattr(getattr(sampler, "dataset", None), "_sampler", None)
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)

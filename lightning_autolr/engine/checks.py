@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from lightning_autolr.core.requests import Run
 from lightning_autolr.engine import compat
 from lightning_autolr.engine.steps import steps_per_batch
 
-__all__ = ["TESTED_STRATEGIES", "check_choice", "check_trainer", "facts_of", "steps_made"]
+__all__ = ["TESTED_STRATEGIES", "check_choice", "check_trainer", "facts_of", "record_folder", "steps_made"]
 
 TESTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
 
@@ -92,3 +93,12 @@ def facts_of(trainer: Any, lr: float, total_steps: int | Literal["auto"], count_
         steps_per_epoch=None if batches == math.inf else math.ceil(batches / steps_per_batch(trainer)),
         count_search=count_search,
     )
+
+
+def record_folder(trainer: Any) -> str | None:
+    """Where to write the trace and all else about a search, ``<log_dir>/autolr``; None where nothing is to be written.
+
+    Collective: to be asked for on every rank.
+    """
+    log_dir = trainer.log_dir
+    return None if trainer.fast_dev_run or log_dir is None else os.path.join(log_dir, "autolr")

@@ -1,21 +1,31 @@
-"""Every private name of Lightning and torch that we depend on. A test asserts that each of them exists."""
+"""Every private name of Lightning and torch that the engine depends on. A test asserts that each of them exists."""
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor, nn
+from torch import Tensor, _foreach_add_, _foreach_copy_, _foreach_neg_, _foreach_norm, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 __all__ = [
+    "CACHED_LRS",
+    "OWNERS",
+    "BatchNorm",
     "clone_combined",
     "clone_loader",
     "combined_loader",
+    "foreach_add_",
+    "foreach_copy_",
+    "foreach_neg_",
+    "foreach_norm",
     "has_comm_hook",
+    "inner_schedulers",
+    "is_view",
     "local_tensor",
     "logger_step",
     "on_before_batch_transfer",
@@ -25,7 +35,15 @@ __all__ = [
     "takes_dataloader_iter",
     "val_loaders",
     "validates_after",
+    "wrapped_sampler",
 ]
+
+BatchNorm = _BatchNorm  # of any number of dimensions, and the synchronized one
+# On many tensors in few launches.
+foreach_add_, foreach_copy_, foreach_neg_, foreach_norm = _foreach_add_, _foreach_copy_, _foreach_neg_, _foreach_norm
+
+CACHED_LRS = ("base_lrs", "max_lrs", "_last_lr")  # lists of learning rates that a scheduler may hold
+OWNERS = frozenset({"_trainer", "_fabric"})  # attributes by which a module knows who runs it
 
 
 def logger_step(trainer: Any) -> int:
@@ -99,6 +117,21 @@ def has_comm_hook(strategy: Any) -> bool:
     )
 
 
+def wrapped_sampler(holder: Any) -> Any:
+    """The sampler inside; None if there is none. Lightning gives it to a DistributedSampler as if it were a dataset."""
+    return getattr(holder, "_sampler", None)
+
+
+def inner_schedulers(scheduler: Any) -> list[Any]:
+    """Those that a sequence or a chain of schedulers is made of."""
+    return list(getattr(scheduler, "_schedulers", []))
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether its memory is another tensor's."""
+    return bool(tensor._is_view())
+
+
 def set_in_loader(loader: DataLoader[Any], **attributes: Any) -> None:
     """Set attributes that an initialized DataLoader refuses to have set."""
     loader.__dict__.update(attributes)
@@ -115,12 +148,6 @@ def reshard(roots: Iterable[object]) -> None:
 
     After a forward without backward the root group stays gathered, and a copy into the shards would go unseen.
     """
-    for module in _modules(roots):
+    for module in (module for root in roots if isinstance(root, nn.Module) for module in root.modules()):
         if type(module).__name__.startswith("FSDP") and hasattr(module, "reshard"):
             operator.methodcaller("reshard")(module)
-
-
-def _modules(roots: Iterable[object]) -> Iterator[nn.Module]:
-    for root in roots:
-        if isinstance(root, nn.Module):
-            yield from root.modules()

@@ -6,9 +6,7 @@ of the steps that follow. Everything a search was told stands in the trace; a re
 
 from __future__ import annotations
 
-import os
 import time
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -29,10 +27,9 @@ from lightning_autolr.core.requests import (
     Train,
     TrainResult,
     decode,
-    encode,
 )
 from lightning_autolr.engine import compat
-from lightning_autolr.engine.checks import check_choice, check_trainer, facts_of, steps_made
+from lightning_autolr.engine.checks import check_choice, check_trainer, facts_of, record_folder, steps_made
 from lightning_autolr.engine.conversation import Conversation
 from lightning_autolr.engine.figure_log import FigureLog, log_account, options_of
 from lightning_autolr.engine.files import Place
@@ -45,7 +42,7 @@ from lightning_autolr.engine.segment import ActiveSegment
 from lightning_autolr.engine.state import RandomState
 from lightning_autolr.engine.steps import real_loss, steps_per_batch
 from lightning_autolr.report.trace import Entry, Record, account_of, read_leftover, summary_of
-from lightning_autolr.schedules import Segment
+from lightning_autolr.schedules import Segment, to_plain
 from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.ratchet import Guarded, Ratchet
 
@@ -80,6 +77,8 @@ class SearchCallback(Callback):
         ValueError: an argument out of its range.
         MisconfigurationException: in ``setup``, a Trainer or module that cannot be served.
     """
+
+    search: AbstractSearch
 
     def __init__(
         self,
@@ -134,9 +133,9 @@ class SearchCallback(Callback):
         self._final: dict[str, Any] | None = None
         self._trainer: Any = None
 
-    @abstractmethod
     def make_search(self, run: Run) -> AbstractSearch:
-        """The search to run; called once at the start of training."""
+        """The search to run; called once at the start of training. To be overridden where it depends on the run."""
+        return self.search
 
     @property
     def searches(self) -> bool:
@@ -188,8 +187,7 @@ class SearchCallback(Callback):
         self._lr = LearningRate(trainer.optimizers, self.on_scheduler == "multiply", state["lr"] if state else None)
         self._progress = Progress(trainer)
         self._prober = Prober(trainer, self._lr, self.probe_options, self._show)
-        log_dir = trainer.log_dir  # collective: asked for on every rank
-        folder = None if trainer.fast_dev_run or log_dir is None else os.path.join(log_dir, "autolr")
+        folder = record_folder(trainer)
         self._record = Record(folder if trainer.is_global_zero else None)
         draws = self.figures and trainer.is_global_zero
         self._figures = FigureLog(trainer.loggers, folder) if draws and folder is not None else None
@@ -331,7 +329,7 @@ class SearchCallback(Callback):
             active.read(self._trainer.strategy)
         return {
             "trace": [entry.to_json() for entry in self._record.trace],
-            "segments": [encode(s) for s in self._record.segments],
+            "segments": [to_plain(s) for s in self._record.segments],
             "active": None if active is None else active.state_dict(),
             "kept_at": dict(self._kept_at),
             "best_at": {state: dict(best) for state, best in self._best_at.items()},

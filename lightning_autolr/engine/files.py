@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_autolr.engine.compat import foreach_copy_
+
 __all__ = ["DiskStore", "MemoryStore", "Place", "Store", "make_store"]
 
 Place = Literal["device", "cpu", "disk"]
@@ -127,7 +129,7 @@ def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
             group[0].append(target)
             group[1].append(source)
     for (to, from_, _), (into, out_of) in groups.items():
-        torch._foreach_copy_(into, out_of, non_blocking=to != from_)
+        foreach_copy_(into, out_of, non_blocking=to != from_)
     for to, from_, _ in groups:
         if to != from_ and "cuda" in (to.type, from_.type):
             torch.cuda.synchronize(to if to.type == "cuda" else from_)

@@ -46,7 +46,7 @@ def _dump(trainer: Any, prober: Prober) -> dict[str, Any]:
             "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
             "precision": trainer.precision_plugin.state_dict(),
-            "lr": prober.lr_memory,
+            "lr": prober.lr.memory,
         }
     )
 
@@ -63,4 +63,4 @@ def _load(trainer: Any, prober: Prober, state: dict[str, Any]) -> None:
         config.scheduler.load_state_dict(copy.deepcopy(saved))
     if state["precision"]:
         trainer.precision_plugin.load_state_dict(state["precision"])
-    prober.lr_memory.update(copy.deepcopy(state["lr"]))
+    prober.lr.memory.update(copy.deepcopy(state["lr"]))

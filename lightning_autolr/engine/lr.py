@@ -9,6 +9,8 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_autolr.engine import compat
+
 __all__ = ["LearningRate", "OnScheduler", "rescale_configured"]
 
 OnScheduler = Literal["override", "multiply", "error"]
@@ -167,7 +169,7 @@ def rescale_configured(optimizers: Sequence[Optimizer], schedulers: Sequence[Any
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     nested = list(schedulers)
     for scheduler in nested:  # grows: a sequence of schedulers has them inside
-        nested += getattr(scheduler, "_schedulers", [])
+        nested += compat.inner_schedulers(scheduler)
     peaks = [_number(g.get("max_lr", g.get("initial_lr", g["lr"]))) for g in groups]
     factor = lr / max([*peaks, *(_number(x) for s in nested for x in getattr(s, "max_lrs", []))])
     for group in groups:
@@ -175,6 +177,6 @@ def rescale_configured(optimizers: Sequence[Optimizer], schedulers: Sequence[Any
             if key in group:
                 _write_number(group, key, _number(group[key]) * factor)
     for scheduler in nested:
-        for name in ("base_lrs", "max_lrs", "_last_lr"):
+        for name in compat.CACHED_LRS:
             if (values := getattr(scheduler, name, None)) is not None:
                 setattr(scheduler, name, [_number(v) * factor for v in values])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,13 +16,14 @@ from torch import Tensor
 from lightning_autolr.core.requests import Evaluation, LineProbe, LineResult, Probe, ProbeResult, Status, diverged
 from lightning_autolr.engine.batch_norm import updated_statistics
 from lightning_autolr.engine.batches import Draws, mix, validation_batches
-from lightning_autolr.engine.compat import local_tensor, val_loaders
+from lightning_autolr.engine.compat import val_loaders
 from lightning_autolr.engine.evaluate import evaluate, evaluate_training_batches
 from lightning_autolr.engine.files import Place, make_store
+from lightning_autolr.engine.line import answer_line_probe
 from lightning_autolr.engine.lr import LearningRate
 from lightning_autolr.engine.permute import permute_weights
 from lightning_autolr.engine.quiet import LogSink, deferred_signals, quiet
-from lightning_autolr.engine.ranks import gather, mean_over_ranks, smallest
+from lightning_autolr.engine.ranks import gather, mean_over_ranks
 from lightning_autolr.engine.state import Fork, RandomState, take_gradients
 from lightning_autolr.engine.steps import private_step, steps_per_batch, to_device
 
@@ -86,7 +86,7 @@ class Prober:
         options: ProbeOptions,
         progress: Callable[[Probe | LineProbe, int], None] = lambda request, step: None,
     ) -> None:
-        self._trainer, self._lr, self._options, self._progress = trainer, lr, options, progress
+        self.trainer, self.lr, self._options, self.progress = trainer, lr, options, progress
         self._module, self._strategy = trainer.lightning_module, trainer.strategy
         self._here = self._new_fork()
         self._kept: dict[str, Fork] = {}
@@ -105,8 +105,8 @@ class Prober:
         """A row of probes from one moment of the run. Yields the fingerprint of the weights."""
         random_state = RandomState(self._strategy.root_device)
         grads: list[tuple[torch.nn.Parameter, Tensor]] = []
-        with quiet(self._trainer, self._module, list(self._options.search_callbacks)) as (sink, signals):
-            lr, momentum = self._lr.value, self._lr.momentum
+        with quiet(self.trainer, self._module, list(self._options.search_callbacks)) as (sink, signals):
+            lr, momentum = self.lr.value, self.lr.momentum
             self._at, self._sink, self._signals = "here", sink, signals
             try:
                 grads += take_gradients(self._module.parameters())
@@ -116,9 +116,9 @@ class Prober:
                 yield self._here.fingerprint()
             finally:
                 with deferred_signals(frozenset({signal.SIGINT})):
-                    self._go_to("here")
+                    self.go_to("here")
                     self._at = self._sink = None
-                    self._lr.value, self._lr.momentum = lr, momentum
+                    self.lr.value, self.lr.momentum = lr, momentum
                     for parameter in self._module.parameters():
                         parameter.grad = None
                     for parameter, grad in grads:
@@ -131,11 +131,6 @@ class Prober:
         """Whether a signal waits for the end of the session, on any rank."""
         return any(gather(bool(self._signals)))
 
-    @property
-    def lr_memory(self) -> dict[str, Any]:
-        """What the learning rates remember of the module's schedulers; part of the training state."""
-        return self._lr.memory
-
     def close(self) -> None:
         """Drop all copies."""
         for fork in (self._here, *self._kept.values()):
@@ -145,12 +140,12 @@ class Prober:
     def note(self, request: Probe | LineProbe) -> None:
         """Remember which batches an answered request used up; for those that are not answered here, too."""
         steps = request.offset + request.num_steps if isinstance(request, Probe) else request.horizon + 1
-        self.draws.note(request.draw, steps * steps_per_batch(self._trainer))
+        self.draws.note(request.draw, steps * steps_per_batch(self.trainer))
 
     def answer(self, request: Probe | LineProbe, new_id: str) -> ProbeResult | LineResult:
         """Answer one request; inside a session only."""
         self.note(request)
-        return self._probe(request, new_id) if isinstance(request, Probe) else self._line_probe(request)
+        return self._probe(request, new_id) if isinstance(request, Probe) else answer_line_probe(self, request)
 
     def keep(self, new_id: str) -> None:
         """Keep the present state of the real run."""
@@ -180,11 +175,66 @@ class Prober:
     def kept(self) -> dict[str, Fork]:
         return self._kept
 
+    def go_to(self, state: str) -> None:
+        """Be in a state: "here", where the session began, or a kept one. This and what follows: inside a session only."""
+        if self._at != state:
+            (self._here if state == "here" else self._known(state)).restore()
+            for parameter in self._module.parameters():
+                parameter.grad = None
+            self._at = state
+
+    def leave(self) -> None:
+        """The weights are about to change: from here on we are in no state that was kept."""
+        self._at = None
+
+    def seed(self, draw: int, offset: int) -> None:
+        """The same random numbers for every candidate of a draw; other ones on each rank, as in training."""
+        RandomState.seed(
+            mix(self._options.seed, draw, offset, 1 + self.trainer.global_rank), self._strategy.root_device
+        )
+
+    def step(self, draw: int, step: int) -> Tensor | None:
+        """One private step on the draw's batches for ``step``."""
+        self.leave()
+        count = steps_per_batch(self.trainer)
+        batches = [to_device(self.trainer, b) for b in self.draws.training(draw, step * count, count)]
+        self.cost.steps += 1
+        assert self._sink is not None
+        return private_step(self.trainer, batches, step * count, self._sink)
+
+    def evaluate(self, request: Probe) -> list[float]:
+        """Losses of the evaluation batches. Random numbers and train/eval flags are as before afterwards."""
+        assert self._sink is not None
+        self.leave()
+        modes = [(m, m.training) for m in self._module.modules()]
+        random_state = RandomState(self._strategy.root_device)
+        try:
+            norms = self._module.modules() if request.update_bn else ()
+            with updated_statistics(norms, partial(self._losses, request)):
+                values = self._losses(request)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            random_state.restore()
+            self._sink.dataloader_idx = None
+            self._sink.take()
+        if not values:
+            raise ValueError(f"Expected evaluation batches for {request.evaluate!r}, got none of them.")
+        sign = -1.0 if self._options.mode == "max" and request.evaluate == "validation" else 1.0
+        return [sign * value for value in mean_over_ranks(self._strategy, values)]
+
+    def training_losses(self, batches: list[Any], training: bool = False) -> list[Tensor]:
+        """Training losses of batches without a step; in evaluation mode unless ``training``."""
+        assert self._sink is not None
+        self.leave()  # in training mode they move batch statistics
+        self.cost.eval_batches += len(batches)
+        return evaluate_training_batches(self.trainer, batches, self._sink, training)
+
     def _new_fork(self) -> Fork:
-        trainer = self._trainer
+        trainer = self.trainer
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        roots = [self._module, *trainer.optimizers, *schedulers, scaler, self._lr.memory]
+        roots = [self._module, *trainer.optimizers, *schedulers, scaler, self.lr.memory]
         return Fork(roots, make_store(self._options.fork, self._strategy.checkpoint_io))
 
     def _known(self, state: str) -> Fork:
@@ -192,19 +242,12 @@ class Prober:
             raise KeyError(f"Expected the id of a kept state out of {sorted(self._kept)}, got {state!r}.")
         return self._kept[state]
 
-    def _go_to(self, state: str) -> None:
-        if self._at != state:
-            (self._here if state == "here" else self._known(state)).restore()
-            for parameter in self._module.parameters():
-                parameter.grad = None
-            self._at = state
-
     def _probe(self, request: Probe, new_id: str) -> ProbeResult:
-        self._go_to(request.start or "here")
+        self.go_to(request.start or "here")
         if request.permuted:
-            self._at = None
+            self.leave()
             permute_weights(self._module.parameters(), self._options.seed)
-        self._seed(request.draw, request.offset)
+        self.seed(request.draw, request.offset)
         losses: list[float] = []
         evaluations: list[Evaluation] = []
         status, steps_before = Status.OK, self.cost.steps
@@ -218,22 +261,22 @@ class Prober:
             return Status.OK if bad is None else Status.DIVERGED
 
         def train(step: int) -> None:
-            if (loss := self._step(request.draw, request.offset + step)) is not None:
+            if (loss := self.step(request.draw, request.offset + step)) is not None:
                 unread.append(loss)
 
         def score(step: int) -> None:
-            evaluations.append(Evaluation(step, tuple(self._evaluate(request))))
+            evaluations.append(Evaluation(step, tuple(self.evaluate(request))))
 
         for step in range(request.num_steps):
-            self._progress(request, step)
-            self._at = None
-            self._lr.set(request.lr * request.shape(step))
-            status = self._survives(train, step, self._step, request.draw, request.offset + step)
+            self.progress(request, step)
+            self.leave()
+            self.lr.set(request.lr * request.shape(step))
+            status = self._survives(train, step, self.step, request.draw, request.offset + step)
             due = request.evaluate_every and (step + 1) % request.evaluate_every == 0 and step + 1 < request.num_steps
             if status is Status.OK and (due or (step + 1) % _LOOK_EVERY == 0 or step + 1 == request.num_steps):
                 status = read()
             if status is Status.OK and due:
-                status = self._survives(score, step + 1, self._evaluate, request)
+                status = self._survives(score, step + 1, self.evaluate, request)
             if status is Status.DIVERGED:
                 break
         for state in request.release:
@@ -243,7 +286,7 @@ class Prober:
         if status is Status.OK and request.evaluate == "train":
             evaluations.append(Evaluation.of_training(losses))
         elif status is Status.OK and request.evaluate != "none":
-            status = self._survives(score, request.num_steps, self._evaluate, request)
+            status = self._survives(score, request.num_steps, self.evaluate, request)
         made = self.cost.steps - steps_before
         return ProbeResult(
             tuple(losses),
@@ -264,7 +307,7 @@ class Prober:
         except (ArithmeticError, RuntimeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            self._go_to("here")
+            self.go_to("here")
             try:
                 again(*args)
             except Exception:
@@ -274,158 +317,20 @@ class Prober:
             return Status.DIVERGED
         return Status.OK
 
-    def _step(self, draw: int, step: int) -> Tensor | None:
-        """One private step on the draw's batches for ``step``."""
-        self._at = None
-        count = steps_per_batch(self._trainer)
-        batches = [to_device(self._trainer, b) for b in self.draws.training(draw, step * count, count)]
-        self.cost.steps += 1
-        assert self._sink is not None
-        return private_step(self._trainer, batches, step * count, self._sink)
-
-    def _evaluate(self, request: Probe) -> list[float]:
-        """Losses of the evaluation batches. Random numbers and train/eval flags are as before afterwards."""
-        assert self._sink is not None
-        self._at = None
-        modes = [(m, m.training) for m in self._module.modules()]
-        random_state = RandomState(self._strategy.root_device)
-        try:
-            norms = self._module.modules() if request.update_bn else ()
-            with updated_statistics(norms, partial(self._losses, request)):
-                values = self._losses(request)
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            random_state.restore()
-            self._sink.dataloader_idx = None
-            self._sink.take()
-        if not values:
-            raise ValueError(f"Expected evaluation batches for {request.evaluate!r}, got none of them.")
-        sign = -1.0 if self._options.mode == "max" and request.evaluate == "validation" else 1.0
-        return [sign * value for value in mean_over_ranks(self._strategy, values)]
-
     def _losses(self, request: Probe) -> list[Tensor]:
         """One pass over the evaluation batches."""
         assert self._sink is not None
         if request.evaluate == "validation":
             batches = self._validation_batches()
             self.cost.eval_batches += len(batches)
-            return evaluate(self._trainer, batches, self._sink, self._options.monitor)
-        held_out = self.draws.held_out(request.draw)
-        self.cost.eval_batches += len(held_out)
-        return evaluate_training_batches(self._trainer, held_out, self._sink)
+            return evaluate(self.trainer, batches, self._sink, self._options.monitor)
+        return self.training_losses(self.draws.held_out(request.draw))
 
     def _validation_batches(self) -> list[tuple[Any, int, int]]:
         if self._validation is None:
             batches = validation_batches(
-                self._trainer, self._options.eval_batches, val_loaders(self._trainer), self._options.seed
+                self.trainer, self._options.eval_batches, val_loaders(self.trainer), self._options.seed
             )
             # Forward passes are collective on several ranks: all make the same number of them.
-            self._validation = batches[: smallest(self._strategy, len(batches))]
+            self._validation = batches[: min(gather(len(batches)))]
         return self._validation
-
-    def _line_probe(self, request: LineProbe) -> LineResult:
-        if not request.exact:
-            return self._losses_along(request)
-        found = [self._line_loss(request, factor) for factor in request.factors]
-        return LineResult(next((base for base, _ in found if base is not None), math.nan), tuple(x for _, x in found))
-
-    @torch.no_grad()
-    def _losses_along(self, request: LineProbe) -> LineResult:
-        """Losses at ``weights + factor * update``; one more copy of the weights in memory."""
-        if self.is_linear is None:
-            self.is_linear = self._check_linear(request)
-        if not self.is_linear:
-            kinds = [type(o).__name__ for o in self._trainer.optimizers]
-            raise ValueError(
-                f"Expected an optimizer whose update is proportional to its learning rate, got {kinds}. Pass `exact=True` to "
-                "make one real step per factor instead."
-            )
-        update, base = self._update(request, request.lr, request.horizon)
-        weights = [local_tensor(p) for p in self._module.parameters()]
-        losses, at = [], 0.0
-        for factor in request.factors:
-            torch._foreach_add_(weights, update, alpha=factor - at)
-            at = factor
-            losses.append(self._line_evaluation(request))
-        return LineResult(base, tuple(losses))
-
-    def _check_linear(self, request: LineProbe) -> bool:
-        """Whether twice the learning rate makes twice the update.
-
-        Where updates are too small to be told from the rounding of the weights, larger ones are looked at.
-        """
-        for scale in (1.0, 1e3, 1e6):
-            once, twice = (self._update(request, s * request.lr, 1)[0] for s in (scale, 2 * scale))
-            weights = [local_tensor(p) for p in self._module.parameters()]
-            here = (
-                _squares(2 * a - b for a, b in zip(once, twice, strict=True)),
-                _squares(twice),
-                _squares(torch.finfo(w.dtype).eps * w for w in weights),
-            )
-            # of all ranks' pieces of the weights, so that all go on alike
-            error, size, rounding = (math.fsum(values) for values in zip(*gather(here), strict=True))
-            if size > 1e5 * rounding:
-                break
-        return error <= 1e-4 * size + 4 * rounding
-
-    @torch.no_grad()
-    def _update(self, request: LineProbe, lr: float, num_steps: int) -> tuple[list[Tensor], float]:
-        """What ``num_steps`` steps add to the weights, and the loss before them. Leaves the weights as they were."""
-        self._go_to(request.start or "here")
-        weights = [local_tensor(p) for p in self._module.parameters()]
-        before = [w.detach().clone() for w in weights]
-        base = self._make_steps(request, lr, num_steps)
-        torch._foreach_neg_(before)
-        torch._foreach_add_(before, weights)
-        self._go_to(request.start or "here")
-        return before, base
-
-    def _line_loss(self, request: LineProbe, factor: float) -> tuple[float | None, float]:
-        """The losses before (None: there was no step) and after real steps at ``lr * factor``."""
-        self._go_to(request.start or "here")
-        base = self._make_steps(request, request.lr * factor, request.horizon) if factor > 0 else None
-        return base, self._line_evaluation(request)
-
-    def _make_steps(self, request: LineProbe, lr: float, num_steps: int) -> float:
-        """Steps from where the weights are; the training loss before the first of them, NaN without one."""
-        self._seed(request.draw, 0)
-        first: Tensor | None = None
-        with torch.enable_grad():
-            for step in range(num_steps):
-                self._progress(request, step)
-                self._lr.set(lr)
-                loss = self._step(request.draw, step)
-                first = loss if step == 0 else first
-        return math.nan if first is None else mean_over_ranks(self._strategy, [first])[0]
-
-    @torch.no_grad()
-    def _line_evaluation(self, request: LineProbe) -> float:
-        assert self._sink is not None
-        self._at = None  # in training mode an evaluation moves batch statistics
-        self._seed(request.draw, 0)
-        if request.evaluate_on == "validation":
-            losses = self._evaluate(Probe(lr=request.lr, num_steps=0))
-            return math.fsum(losses) / len(losses)
-        if not self._module.automatic_optimization:
-            raise ValueError(
-                "Expected `evaluate_on='validation'` under manual optimization, whose training step updates."
-            )
-        count = steps_per_batch(self._trainer)
-        step = request.horizon - (request.evaluate_on == "same")
-        batches = self.draws.training(request.draw, step * count, count)
-        # In training mode, as the real forward will be; batch statistics go into buffers that are put back.
-        values = evaluate_training_batches(self._trainer, batches, self._sink, training=True)
-        self.cost.eval_batches += len(values)
-        means = mean_over_ranks(self._strategy, values)
-        return math.fsum(means) / len(means)
-
-    def _seed(self, draw: int, offset: int) -> None:
-        """The same random numbers for every candidate of a draw; other ones on each rank, as in training."""
-        RandomState.seed(
-            mix(self._options.seed, draw, offset, 1 + self._trainer.global_rank), self._strategy.root_device
-        )
-
-
-def _squares(tensors: Iterable[Tensor]) -> float:
-    return sum(float(t.double().square().sum()) for t in tensors)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["decide", "gather", "mean_over_ranks", "smallest"]
+__all__ = ["decide", "gather", "mean_over_ranks"]
 
 T = TypeVar("T")
 
@@ -19,11 +19,6 @@ def mean_over_ranks(strategy: Any, losses: Sequence[Tensor]) -> list[float]:
         return []
     stacked = torch.stack([loss.detach().to(strategy.root_device, torch.float64) for loss in losses])
     return [float(x) for x in strategy.reduce(stacked, reduce_op="mean").cpu()]
-
-
-def smallest(strategy: Any, number: int) -> int:
-    """The smallest of the ranks' numbers."""
-    return min(gather(number)) if strategy_is_distributed() else number
 
 
 def gather(value: T) -> list[T]:

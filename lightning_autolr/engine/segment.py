@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_autolr.core.requests import Status, Train, decode, diverged, encode
+from lightning_autolr.core.requests import Status, Train, decode, diverged
 from lightning_autolr.engine.grad_norms import GradNorms
 from lightning_autolr.engine.ranks import mean_over_ranks
-from lightning_autolr.schedules import Segment
+from lightning_autolr.schedules import Segment, to_plain
 
 __all__ = ["ActiveSegment"]
 
@@ -119,7 +119,7 @@ class ActiveSegment:
     def state_dict(self) -> dict[str, Any]:
         """Plain values; everything must have been read."""
         values = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        return {**values, "train": encode(self.train)}
+        return {**values, "train": to_plain(self.train)}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> ActiveSegment:

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_autolr.engine.compat import local_tensor, reshard
+from lightning_autolr.engine.compat import OWNERS, is_view, local_tensor, reshard
 from lightning_autolr.engine.files import Store
 
 __all__ = ["Fork", "RandomState", "take_gradients"]
 
 # Not part of a training state: who owns the module, and the sink that stands in for `log` while a search is running.
-_LEFT_ALONE = frozenset({"_trainer", "_fabric", "log"})
+_LEFT_ALONE = OWNERS | {"log"}
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size)
 _WALKED = (nn.Module, Optimizer, LRScheduler, torch.amp.GradScaler, SimpleNamespace)
 
@@ -48,7 +48,7 @@ class Fork:
         self._roots = [root for root in roots if root is not None]
         self._store = store
         self._tensors: list[Tensor] = []
-        self._put_back: list[Callable[[], None]] = []
+        self._put_back: list[Callable[[], object]] = []
 
     @torch.no_grad()
     def capture(self) -> None:
@@ -94,7 +94,7 @@ class _Walk:
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
-        self.put_back: list[Callable[[], None]] = []
+        self.put_back: list[Callable[[], object]] = []
         self._seen: dict[int, object] = {}  # keeps the objects alive, so that ids stay theirs
 
     def visit(self, obj: Any) -> None:
@@ -176,23 +176,19 @@ def _set_shape(tensor: Tensor, shape: torch.Size) -> None:
         tensor.data = tensor.new_empty(shape)
 
 
-def _ignore(result: object) -> None:
-    """A statement in a lambda."""
-
-
 def _set_requires_grad(tensor: Tensor, flag: bool) -> None:
     if tensor.requires_grad != flag:
         tensor.requires_grad_(flag)
 
 
-def _opaque_state(obj: Any) -> Callable[[], None] | None:
+def _opaque_state(obj: Any) -> Callable[[], object] | None:
     """How to put back an object whose state is reached through its own methods; None for what is left alone."""
     if isinstance(obj, np.ndarray):
         array = obj.copy()
         return lambda: np.copyto(obj, array)
     if isinstance(obj, torch.Generator):
         state = obj.get_state()
-        return lambda: _ignore(obj.set_state(state))
+        return lambda: obj.set_state(state)
     if isinstance(obj, np.random.Generator):
         numpy_state = copy.deepcopy(obj.bit_generator.state)
         return lambda: setattr(obj.bit_generator, "state", numpy_state)
@@ -276,4 +272,4 @@ def take_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[tuple[nn.Para
     for parameter in parameters:
         if parameter.grad is not None:
             grad, parameter.grad = parameter.grad, None
-            yield parameter, grad.clone() if grad._is_view() else grad
+            yield parameter, grad.clone() if is_view(grad) else grad

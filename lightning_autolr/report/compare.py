@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from scipy.stats import bootstrap, sem
 
-from lightning_autolr.report.jobs import Job, Run, run_jobs
+from lightning_autolr.report.jobs import FinishedRun, Job, run_jobs
 
 __all__ = ["Comparison", "Method", "compare_configs", "paired_interval"]
 
@@ -58,11 +58,11 @@ class Comparison:
     """The runs of several configurations, and what they say. The first configuration is the reference."""
 
     metric: str
-    runs: tuple[Run, ...]
+    runs: tuple[FinishedRun, ...]
     methods: tuple[Method, ...]
 
     @property
-    def failures(self) -> tuple[Run, ...]:
+    def failures(self) -> tuple[FinishedRun, ...]:
         return tuple(run for run in self.runs if run.error)
 
     @property
@@ -181,7 +181,7 @@ def compare_configs(
     return comparison
 
 
-def summarize(runs: Sequence[Run], metric: str) -> Comparison:
+def summarize(runs: Sequence[FinishedRun], metric: str) -> Comparison:
     """Means, errors and paired differences; the first run's configuration is the reference."""
     names = list(dict.fromkeys(run.name for run in runs))
     done = {(run.name, run.seed): run for run in runs if not run.error}
@@ -196,7 +196,7 @@ def summarize(runs: Sequence[Run], metric: str) -> Comparison:
         values = {
             m: [run.metrics.get(m, math.nan) for run in own.values()] for run in own.values() for m in run.metrics
         }
-        costs = {c: _mean([run.costs.get(c, math.nan) for run in own.values()]) for c in Run.COSTS}
+        costs = {c: _mean([run.costs.get(c, math.nan) for run in own.values()]) for c in FinishedRun.COSTS}
         methods.append(
             Method(
                 name,

@@ -14,8 +14,9 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from lightning_autolr.report.figures.axes import log_axis
+from lightning_autolr.report.figures.style import styled
 from lightning_autolr.report.inspect.searches import steps_of
 from lightning_autolr.report.trace import read_trace
 from lightning_autolr.schedules import Schedule
@@ -78,6 +79,7 @@ def _searches(trace: Path) -> Points:
     return points
 
 
+@styled
 def comparison_figure(
     courses: Mapping[str, Sequence[Course]], finals: Mapping[str, Sequence[float]], metric: str
 ) -> Figure:
@@ -102,11 +104,14 @@ def comparison_figure(
             total.plot(*_xy([(run.total(step), value) for step, value in run.score]), **style)
         if runs:
             handles.append((handle, name))
-    _label(lr, "learning rate", "schedule steps", log=True)
+    lr.set(xlabel="schedule steps", ylabel="learning rate")
+    log_axis(lr)
     score = next((run.score_name for runs in courses.values() for run in runs), "")
     positive = all(value > 0 for runs in courses.values() for run in runs for _, value in run.score)
-    _label(schedule, score, "schedule steps", log=positive and "loss" in score)
-    _label(total, score, "total steps, search included", log=positive and "loss" in score)
+    for axis, steps in ((schedule, "schedule steps"), (total, "total steps, search included")):
+        axis.set(xlabel=steps, ylabel=score)
+        if positive and "loss" in score:
+            log_axis(axis)
     schedule.sharey(total)
     _draw_finals(final, finals, metric, palette)
     if handles:
@@ -116,6 +121,7 @@ def comparison_figure(
     return figure
 
 
+@styled
 def preview_figure(schedules: Mapping[str, tuple[Schedule, float | None, int]]) -> Figure:
     """Schedules over their steps.
 
@@ -131,7 +137,7 @@ def preview_figure(schedules: Mapping[str, tuple[Schedule, float | None, int]]) 
         scale = 1.0 if schedule.absolute else peak or 1.0
         label = f"{name} (times the configured rate)" if relative else name
         axis.plot(steps, [scale * schedule(step) for step in steps], label=label)
-    _label(axis, "learning rate", "optimizer steps", log=False)
+    axis.set(xlabel="optimizer steps", ylabel="learning rate")
     axis.legend(frameon=False)
     return figure
 
@@ -139,19 +145,6 @@ def preview_figure(schedules: Mapping[str, tuple[Schedule, float | None, int]]) 
 def _xy(points: Points) -> tuple[list[float], list[float]]:
     finite = [(step, value) for step, value in points if math.isfinite(value)]
     return [step for step, _ in finite], [value for _, value in finite]
-
-
-def _label(axis: Axes, y: str, x: str, log: bool) -> None:
-    axis.set(xlabel=x, ylabel=y)
-    if log:
-        axis.set_yscale("log")
-        low, high = axis.get_ylim()
-        between = (1.0, 2.0, 5.0) if high < 300 * low else (1.0,)
-        axis.yaxis.set_major_locator(LogLocator(subs=between, numticks=10))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_finals(axis: Axes, finals: Mapping[str, Sequence[float]], metric: str, palette: Sequence[object]) -> None:
@@ -166,5 +159,4 @@ def _draw_finals(axis: Axes, finals: Mapping[str, Sequence[float]], metric: str,
     axis.set_yticks(range(len(finals)), list(finals))
     axis.invert_yaxis()
     axis.set(xlabel=f"final {metric} (bar: mean)")
-    axis.grid(alpha=0.25, axis="x")
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(visible=False, axis="y")

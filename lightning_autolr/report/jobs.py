@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 
 import yaml  # type: ignore[import-untyped]
 
-__all__ = ["Job", "Run", "callbacks_of", "end_with_parent", "run_jobs", "writing_to"]
+__all__ = ["FinishedRun", "Job", "callbacks_of", "end_with_parent", "run_jobs", "writing_to"]
 
 _PARENT = "LIGHTNING_AUTOLR_PARENT"  # process that started a run
 
@@ -72,18 +72,18 @@ class Job:
         file = self.folder / "job.yaml"
         return (self.folder / "result.json").exists() and file.exists() and file.read_text() == self.text
 
-    def read(self) -> Run:
+    def read(self) -> FinishedRun:
         """What has become of it, as its folder says."""
         try:
             result = json.loads((self.folder / "result.json").read_text())
         except FileNotFoundError:
-            return Run(self.name, self.seed, self.folder, error=_reason(self.folder / "log.txt"))
-        costs = {name: float(result[name]) for name in Run.COSTS}
-        return Run(self.name, self.seed, self.folder, metrics=result["metrics"], costs=costs)
+            return FinishedRun(self.name, self.seed, self.folder, error=_reason(self.folder / "log.txt"))
+        costs = {name: float(result[name]) for name in FinishedRun.COSTS}
+        return FinishedRun(self.name, self.seed, self.folder, metrics=result["metrics"], costs=costs)
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A run that was made.
 
     Args:
@@ -119,7 +119,7 @@ def writing_to(folder: Path) -> list[str]:
     return ["--trainer.logger", json.dumps(loggers), "--trainer.default_root_dir", str(folder)]
 
 
-def run_jobs(jobs: Sequence[Job], engine: Literal["local", "ray"], parallel: int) -> Iterator[Run]:
+def run_jobs(jobs: Sequence[Job], engine: Literal["local", "ray"], parallel: int) -> Iterator[FinishedRun]:
     """Make the runs that are not there, and yield all as they are finished.
 
     Args:

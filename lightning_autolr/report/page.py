@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from lightning_autolr.report.compare import Comparison
 from lightning_autolr.report.curves import comparison_figure, read_course
-from lightning_autolr.report.jobs import Run
+from lightning_autolr.report.jobs import FinishedRun
 
 __all__ = ["write_page"]
 
@@ -57,7 +57,7 @@ def _svg(figure: Figure) -> Markup:
     return Markup(text.getvalue()[text.getvalue().index("<svg") :])
 
 
-def _job(run: Run) -> str:
+def _job(run: FinishedRun) -> str:
     return (run.folder / "job.yaml").read_text()
 
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lightning_autolr.core.requests import Answer, Request, decode, encode
-from lightning_autolr.schedules import Segment, Tabulated
+from lightning_autolr.core.requests import Answer, Request, decode
+from lightning_autolr.schedules import Segment, Tabulated, to_plain
 
 __all__ = ["Entry", "Record", "account_of", "read_leftover", "read_trace", "summary_of"]
 
@@ -42,7 +42,7 @@ class Entry:
 
     def to_json(self) -> dict[str, Any]:
         own = {k: getattr(self, k) for k in ("global_step", "search_steps", "seconds", "fingerprint")}
-        return {"request": encode(self.request), "answer": encode(self.answer), **own}
+        return {"request": to_plain(self.request), "answer": to_plain(self.answer), **own}
 
     @classmethod
     def from_json(cls, line: dict[str, Any]) -> Entry:

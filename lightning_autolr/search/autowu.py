@@ -45,7 +45,7 @@ class WarmupRange:
 
 
 @dataclass
-class _Watch:
+class _SmoothedLoss:
     """A running mean of the loss, looked at after each segment: is it the lowest so far, has it run away?
 
     It has when it rose above its lowest value by ``guard - 1`` times that value, and by half of what it had fallen
@@ -209,21 +209,21 @@ class AutoWU(AbstractSearch):
         When it returns, the run is in the state of the lowest loss (unless ``guard`` is None) and nothing is kept.
         """
         most, interval = self._warmup_steps(run), self._interval(run)
-        watch = None if self._guard is None else _Watch(self._guard, max(_FEW, interval))
+        smoothed = None if self._guard is None else _SmoothedLoss(self._guard, max(_FEW, interval))
         test, verdicts = self.test(), deque[bool](maxlen=self.patience)
         losses: list[float] = []
         regression: Regression | None = None
         kept: str | None = None
         kept_at, passed = 0, False
-        while len(losses) < most and not passed and not (watch and watch.ran_away):
+        while len(losses) < most and not passed and not (smoothed and smoothed.ran_away):
             begin = len(losses)
-            keep = watch is not None and watch.is_lowest
+            keep = smoothed is not None and smoothed.is_lowest
             answer: TrainResult = yield Train(
                 lr=self.lr_at(begin, most),
                 num_steps=min(interval, most - begin),
                 shape=self._growth(begin, most),
                 keep_start=keep,
-                stop_above=None if watch is None else math.inf,
+                stop_above=None if smoothed is None else math.inf,
                 label="warm-up",
                 reason="The learning rate grows until the training loss has passed its minimum.",
                 kind="climb",
@@ -236,8 +236,8 @@ class AutoWU(AbstractSearch):
             losses += answer.losses
             if keep:
                 kept, kept_at = answer.start, begin
-            if watch is not None:
-                watch.add(answer.losses, answer.status)
+            if smoothed is not None:
+                smoothed.add(answer.losses, answer.status)
             enough = 2 if len(losses) >= most else _FEW  # the last test is made for its minimum alone
             if np.isfinite(losses).sum() >= enough and not (self.compat and len(losses) >= most):
                 regression = test(losses)
@@ -249,7 +249,7 @@ class AutoWU(AbstractSearch):
         lr = reached
         if regression is not None and (passed or not self.compat):
             lr = float(np.mean([self.lr_at(x * now, most) for x in regression.argmins]))
-        diverged = watch is not None and watch.ran_away
+        diverged = smoothed is not None and smoothed.ran_away
         if diverged:
             lr = min(lr, self.lr_at(kept_at, most))
             reason = f"The training loss ran away by step {len(losses)}: back to step {kept_at}."
@@ -269,7 +269,7 @@ class AutoWU(AbstractSearch):
             bounds=(lr / 10, max(lr, reached)),
             num_steps=made,
             outcome="diverged" if diverged else "minimum" if passed else "none",
-            ceiling=math.inf if watch is None else watch.ceiling,
+            ceiling=math.inf if smoothed is None else smoothed.ceiling,
             reason=reason,
         )
 

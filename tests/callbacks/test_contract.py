@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
@@ -248,6 +248,31 @@ def test_loads_from_yaml(case: Row, tmp_path: Path) -> None:
     callback = parser.instantiate(config).callback
     assert type(callback) is getattr(lightning_autolr, case.name)
     parser.dump(config)
+
+
+OPTIONS = {
+    "monitor": "val_acc",
+    "mode": "max",
+    "fork": "disk",
+    "on_scheduler": "multiply",
+    "total_steps": 50,
+    "seed": 3,
+}
+
+
+def test_options_of_all_searches_load_from_yaml(case: Row) -> None:
+    if not issubclass(getattr(lightning_autolr, case.name), SearchCallback):
+        return
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Callback, "callback")
+    written = {"class_path": f"lightning_autolr.{case.name}", "init_args": {**case.arguments, **OPTIONS}}
+    callback = parser.instantiate(parser.parse_object({"callback": written})).callback
+    found = {**vars(callback), **vars(callback.probe_options)}
+    assert {name: found[name] for name in OPTIONS} == OPTIONS
+    for name, wrong in {"fork": "nowhere", "on_scheduler": "ignore", "total_steps": "some", "seed": "x"}.items():
+        written["init_args"] = {**case.arguments, name: wrong}
+        with pytest.raises(ArgumentError):
+            parser.parse_object({"callback": written})
 
 
 def test_the_table_has_every_callback() -> None:

@@ -292,9 +292,6 @@ class Search(SearchCallback):
         super().__init__(**options)
         self.search = search or Scripted()
 
-    def make_search(self, run: Run) -> AbstractSearch:
-        return self.search
-
 
 def loaders(options: Options) -> tuple[Any, Any]:
     settings: dict[str, Any] = {"batch_size": 6, "shuffle": True, **options.loader}

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.optim.lr_scheduler import ChainedScheduler, CyclicLR, SequentialLR, StepLR
+from torch.utils.data import DataLoader, RandomSampler
 
 from lightning_autolr.engine import compat
 from tests.engine.small import Tiny, fit_tiny, loader
@@ -121,33 +127,57 @@ def test_fsdp2_modules_are_recognized() -> None:
     assert compat.local_tensor(torch.ones(2)).sum() == 2
 
 
-def test_private_names_stand_in_compat_only() -> None:
-    """No other module reaches into an underscore of Lightning's or torch's objects."""
-    import ast
+def test_samplers_in_a_sampler() -> None:
+    inner = RandomSampler(range(4))
+    assert compat.wrapped_sampler(DistributedSamplerWrapper(inner, num_replicas=1, rank=0).dataset) is inner
+    assert compat.wrapped_sampler(inner) is None
 
-    own = {
-        "_foreach_add_",
-        "_foreach_copy_",
-        "_foreach_neg_",
-        "_foreach_norm",
-        "_is_view",
-    }
-    folder = Path(compat.__file__).parent
-    found = []
-    for path in sorted(folder.glob("*.py")):
-        if path.name == "compat.py":
-            continue
-        tree = ast.parse(path.read_text())
-        defined = {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-        for node in ast.walk(tree):
-            is_private = (
-                isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
-            )
-            on_self = (
-                isinstance(node, ast.Attribute)
-                and isinstance(node.value, ast.Name)
-                and node.value.id in ("self", "cls")
-            )
-            if is_private and not on_self and node.attr not in own | defined:
-                found.append(f"{path.name}:{node.lineno} {node.attr}")
-    assert found == []
+
+def test_schedulers_and_what_they_cache() -> None:
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)
+    parts = [StepLR(optimizer, 1), StepLR(optimizer, 2)]
+    assert compat.inner_schedulers(SequentialLR(optimizer, parts, [3])) == parts
+    assert compat.inner_schedulers(ChainedScheduler(parts)) == parts
+    assert compat.inner_schedulers(parts[0]) == []
+    cached = set(vars(parts[0])) | set(vars(CyclicLR(optimizer, 0.1, 0.2)))
+    assert set(compat.CACHED_LRS) <= cached
+
+
+def test_a_module_knows_who_runs_it() -> None:
+    assert set(vars(LightningModule())) >= compat.OWNERS
+
+
+def test_tensors() -> None:
+    ones = [torch.ones(2), torch.ones(3)]
+    compat.foreach_add_(ones, ones)
+    compat.foreach_neg_(ones)
+    assert [float(norm) for norm in compat.foreach_norm(ones, 1)] == [4, 6]
+    compat.foreach_copy_(ones, [torch.zeros(2), torch.zeros(3)])
+    assert not torch.cat(ones).any()
+    assert compat.is_view(ones[0][:1])
+    assert not compat.is_view(ones[0])
+
+
+def test_batch_norms() -> None:
+    assert all(isinstance(m, compat.BatchNorm) for m in (nn.BatchNorm1d(1), nn.BatchNorm3d(1), nn.SyncBatchNorm(1)))
+    assert not isinstance(nn.LayerNorm(1), compat.BatchNorm)
+
+
+def private_names(source: str) -> Iterator[tuple[int, str]]:
+    """Names with an underscore that are not the file's own: imported, reached into, or given to ``getattr``."""
+    tree = ast.parse(source)
+    own = {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
+            yield from ((node.lineno, name) for name in [node.attr] if name not in own)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+
+
+def test_private_names_stand_in_compat_only() -> None:
+    """No other module of the engine reaches into an underscore of Lightning's or torch's objects."""
+    others = [path for path in sorted(Path(compat.__file__).parent.glob("*.py")) if path.name != "compat.py"]
+    found = [(path.name, *place) for path in others for place in private_names(path.read_text())]
+    assert [place for place in found if re.fullmatch(r"_[a-zA-Z]\w*", place[2])] == []

@@ -92,7 +92,7 @@ def _without_callbacks_swap(patch: Patch) -> None:
 
 
 def _without_loader_clone(patch: Patch) -> None:
-    patch.setattr(batches, "_clone", lambda loader, seed, draw, skip, copies: loader)
+    patch.setattr(batches, "private_loader", lambda loader, seed, draw, skip, copies: loader)
 
 
 _SCALED = Options(

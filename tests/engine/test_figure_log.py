@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lightning_autolr import RangeTestCallback
-from lightning_autolr.core.requests import Run, Train
+from lightning_autolr.core.requests import Train
 from lightning_autolr.engine import figure_log
 from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.engine.figure_log import FigureLog, log_account, log_figure, options_of
@@ -201,9 +201,6 @@ class Search(SearchCallback):
     def __init__(self, search: AbstractSearch, **options: Any) -> None:
         super().__init__(**options)
         self.search = search
-
-    def make_search(self, run: Run) -> AbstractSearch:
-        return self.search
 
 
 class WithHyperparameters(Tiny):

@@ -28,7 +28,7 @@ from lightning_autolr.core.requests import LineProbe, LineResult, Probe, ProbeRe
 from lightning_autolr.report import jobs
 from lightning_autolr.report.compare import Comparison, compare_configs, paired_interval, summarize
 from lightning_autolr.report.curves import Course, comparison_figure, read_course
-from lightning_autolr.report.jobs import Job, Run
+from lightning_autolr.report.jobs import FinishedRun, Job
 from lightning_autolr.report.page import write_page
 from lightning_autolr.report.trace import Entry
 
@@ -36,12 +36,12 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 COSTS = {"schedule_steps": 90.0, "search_steps": 10.0, "seconds": 4.0, "search_seconds": 1.0}
 
 
-def run(name: str, seed: int, loss: float, **others: float) -> Run:
-    return Run(name, seed, Path(name), metrics={"test_loss": loss, **others}, costs=COSTS)
+def run(name: str, seed: int, loss: float, **others: float) -> FinishedRun:
+    return FinishedRun(name, seed, Path(name), metrics={"test_loss": loss, **others}, costs=COSTS)
 
 
-def failed(name: str, seed: int, error: str = "ValueError: no") -> Run:
-    return Run(name, seed, Path(name), error=error)
+def failed(name: str, seed: int, error: str = "ValueError: no") -> FinishedRun:
+    return FinishedRun(name, seed, Path(name), error=error)
 
 
 # --- statistics
@@ -332,7 +332,7 @@ def test_the_page_is_one_file_with_everything_in_it(tmp_path: Path) -> None:
         folder = tmp_path / name
         write_run(folder)
         (folder / "job.yaml").write_text(f"model: {name}\n")
-        runs.append(Run(name, 0, folder, metrics={"test_loss": 0.5, "test_acc": 0.9}, costs=COSTS))
+        runs.append(FinishedRun(name, 0, folder, metrics={"test_loss": 0.5, "test_acc": 0.9}, costs=COSTS))
     text = write_page(summarize(runs, "test_loss"), tmp_path / "page.html").read_text()
     page = Page(text)
     assert page.fetched == []

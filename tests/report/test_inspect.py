@@ -14,21 +14,21 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from lightning_autolr.commands import inspect
 from lightning_autolr.core.losses import paired
 from lightning_autolr.core.range_rules import RULES, RangeSuggestion, Rule
-from lightning_autolr.core.requests import LineProbe, Probe, ProbeResult, Request, Status, Train, TrainResult, encode
+from lightning_autolr.core.requests import LineProbe, Probe, ProbeResult, Request, Status, Train, TrainResult
 from lightning_autolr.core.surrogate import Observation, Suggestion
 from lightning_autolr.report.figures import drawings_of
 from lightning_autolr.report.inspect import (
     Inspection,
     inspect_run,
-    main,
     pieces_of,
     range_suggestion,
     searches_of,
 )
 from lightning_autolr.report.trace import Entry
-from lightning_autolr.schedules import Points, Segment, Shifted, Tabulated
+from lightning_autolr.schedules import Points, Segment, Shifted, Tabulated, to_plain
 from lightning_autolr.search import published
 from lightning_autolr.search.autolrs import AutoLRS
 from lightning_autolr.search.autowu import AutoWU
@@ -305,7 +305,7 @@ def test_a_trace_of_autowu_can_be_read(tmp_path: Path) -> None:
 def test_range_tests_of_the_callback(tmp_path: Path) -> None:
     trace, _ = recorded(Ranged(RangeTest(1e-4, 2.0, 60, repeats=2)), off_centre(), 10)
     suggestion = range_suggestion(searches_of(trace)[0])
-    tests = [{"at": 3, "unit": "epoch", "suggestion": encode(suggestion)}]
+    tests = [{"at": 3, "unit": "epoch", "suggestion": to_plain(suggestion)}]
     (tmp_path / "range_test.json").write_text(json.dumps(tests))
     inspection = inspect_run(tmp_path)
     assert inspection.range_tests == (("epoch 3", suggestion),)
@@ -335,10 +335,9 @@ def test_without_a_search_there_is_no_account(tmp_path: Path) -> None:
     assert only.title == "Range tests"
 
 
-def test_main_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "autolr", TRACE, SEGMENTS)
-    inspection = main(str(tmp_path), csv=str(tmp_path / "rows.csv"), figures=str(tmp_path / "figures"))
-    assert inspection.trace == tuple(TRACE)
+    assert inspect(str(tmp_path), csv=str(tmp_path / "rows.csv"), figures=str(tmp_path / "figures")) == 0
     assert "What was tried" in capsys.readouterr().out
     assert (tmp_path / "rows.csv").exists()
     assert sorted(f.name for f in (tmp_path / "figures").iterdir()) == [

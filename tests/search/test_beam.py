@@ -21,8 +21,8 @@ from lightning_autolr.core.requests import (
     Train,
     TrainResult,
     decode,
-    encode,
 )
+from lightning_autolr.schedules import to_plain
 from lightning_autolr.search.base import replay
 from lightning_autolr.search.beam import BeamSearch
 from tests.toy import run_toy
@@ -271,7 +271,7 @@ def test_search_that_counts_leaves_steps_to_train_with() -> None:
 def test_a_recorded_search_is_continued(keep_ends: bool) -> None:
     search = BeamSearch(3, interval=5, keep_ends=keep_ends)
     trace = run_toy(search, noisy_quadratic(), 50).trace
-    record = [(decode(encode(request)), decode(encode(answer))) for request, answer in trace]
+    record = [(decode(to_plain(request)), decode(to_plain(answer))) for request, answer in trace]
     for length in range(0, len(record), 7):
         assert replay(search.requests(Run(total_steps=50, lr=0.1)), record[:length]) == record[length][0]
 

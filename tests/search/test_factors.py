@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_autolr.core.requests import LineProbe, LineResult, Run, Train, TrainResult, decode, encode
+from lightning_autolr.core.requests import LineProbe, LineResult, Run, Train, TrainResult, decode
 from lightning_autolr.core.scores import scored_factor
+from lightning_autolr.schedules import to_plain
 from lightning_autolr.search.base import replay
 from lightning_autolr.search.factors import FactorSearch
 from tests.toy import ToyRun, run_toy
@@ -184,7 +185,7 @@ def test_a_recorded_search_is_continued() -> None:
     search = FactorSearch(every=5, shuffle_scores=True)
     run = Run(total_steps=50, lr=0.1)
     trace = run_toy(search, noisy_quadratic(), 50, lr=0.1).trace
-    record = [(decode(encode(request)), decode(encode(answer))) for request, answer in trace]
+    record = [(decode(to_plain(request)), decode(to_plain(answer))) for request, answer in trace]
     assert replay(search.requests(run), record[:7]) == record[7][0]
 
 

@@ -19,8 +19,8 @@ from lightning_autolr.core.requests import (
     Train,
     TrainResult,
     decode,
-    encode,
 )
+from lightning_autolr.schedules import to_plain
 from lightning_autolr.search.base import AbstractSearch, replay
 from lightning_autolr.search.range_test import RangeTest
 from tests.toy import Ranged, ToyRun, run_toy
@@ -197,7 +197,7 @@ def test_other_searches_use_it_for_bounds() -> None:
 def test_a_recorded_search_is_continued() -> None:
     search = Ranged(RangeTest(1e-3, 100), apply=True)
     trace = run_toy(search, noisy_quadratic(), 10).trace
-    record = [(decode(encode(request)), decode(encode(answer))) for request, answer in trace]
+    record = [(decode(to_plain(request)), decode(to_plain(answer))) for request, answer in trace]
     for length in range(len(record)):
         assert replay(search.requests(Run(total_steps=10, lr=0.1)), record[:length]) == record[length][0]
 

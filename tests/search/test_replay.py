@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_autolr.core.requests import Answer, Request, Run, decode, encode
-from lightning_autolr.schedules import Cosine, Warmup
+from lightning_autolr.core.requests import Answer, Request, Run, decode
+from lightning_autolr.schedules import Cosine, Warmup, to_plain
 from lightning_autolr.search.base import AbstractSearch, ReplayError, replay
 from lightning_autolr.search.beam import BeamSearch
 from lightning_autolr.search.factors import FactorSearch
@@ -38,7 +38,7 @@ def traces() -> dict[str, Trace]:
 
 def through_json(trace: Trace) -> Trace:
     """As the journal has it, and a checkpoint."""
-    return [(decode(q), decode(a)) for q, a in json.loads(json.dumps([(encode(q), encode(a)) for q, a in trace]))]
+    return [(decode(q), decode(a)) for q, a in json.loads(json.dumps([(to_plain(q), to_plain(a)) for q, a in trace]))]
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -61,7 +61,7 @@ def test_a_record_of_an_older_version_is_continued(name: str, traces: dict[str, 
     """One that worded its requests otherwise, and did not describe them for figures yet."""
     trace = traces[name]
     described = {f.name for request, _ in trace for f in dataclasses.fields(request) if not f.compare}
-    plain = [({k: v for k, v in encode(q).items() if k not in described}, a) for q, a in trace]
+    plain = [({k: v for k, v in to_plain(q).items() if k not in described}, a) for q, a in trace]
     older = [(decode(request), answer) for request, answer in plain]
     assert described >= {"label"}
     search, _ = SEARCHES[name]
