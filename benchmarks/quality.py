@@ -203,9 +203,10 @@ def optimizers(task: Task) -> dict[str, tuple[Callable[..., torch.optim.Optimize
     }
 
 
-def run(name: str, method: str, lr: float | None, seed: int, steps: int | None, folder: Path) -> dict[str, Any]:
+def run(
+    task: Task, name: str, method: str, lr: float | None, seed: int, steps: int | None, folder: Path
+) -> dict[str, Any]:
     """One training; everything there is to know about it."""
-    task = TASKS[name]
     total = steps or task.steps
     optimizer = partial(task.optimizer, lr=task.default_lr if lr is None else lr)
     if method in SCHEDULES:
@@ -268,9 +269,10 @@ class Curve(Callback):
 Job = tuple[str, str, float | None, int]  # task, method, learning rate (None: the default), seed
 
 
-def jobs(name: str, methods: list[str], seeds: int, rows: list[dict[str, Any]], untuned: bool) -> Iterator[Job]:
+def jobs(
+    task: Task, name: str, methods: list[str], seeds: int, rows: list[dict[str, Any]], untuned: bool
+) -> Iterator[Job]:
     """All runs of a task, seed by seed. ``rows`` grows meanwhile: what was tuned on the first seed is read from it."""
-    task = TASKS[name]
     for seed in range(seeds):
         for method in [*searches(task), *optimizers(task), *SCHEDULES]:
             if methods and method not in methods:
@@ -353,32 +355,43 @@ def _sooner(arms: dict[str, dict[int, dict[str, Any]]], arm: str, target: str | 
     return " / ".join(f"{np.exp(np.mean(np.log(column))):.2f}" for column in zip(*times, strict=True))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+def main(description: str, tasks: dict[str, Task], out: Path, folder: Path) -> None:
+    """Run what the command line asks for.
+
+    Args:
+        description: for the help.
+        tasks: by name; the first one is that of the short form.
+        out: the file of results, unless the command line names another.
+        folder: where runs write to.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=list(tasks), default=list(tasks))
     parser.add_argument("--methods", nargs="+", default=[])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=None, help="optimizer steps instead of each task's own")
     parser.add_argument("--tuned", action="store_true", help="no schedules at their default learning rate")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.jsonl"))
+    parser.add_argument("--out", type=Path, default=out)
     parser.add_argument("--short", action="store_true", help="one task, a few steps")
     parser.add_argument("--table", action="store_true", help="print the table of what was run, and run nothing")
     arguments = parser.parse_args()
     if arguments.short:
-        arguments.tasks, arguments.seeds, arguments.steps = ["digits"], 1, 120
-        arguments.methods, arguments.out = ["autolrs", "cosine"], Path("runs/quality-short.jsonl")
+        arguments.tasks, arguments.seeds, arguments.steps = list(tasks)[:1], 1, 120
+        arguments.methods, arguments.out = ["autolrs", "cosine"], folder.with_name(f"{folder.name}-short.jsonl")
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
     done = {(r["task"], r["method"], r["lr"], r["seed"]) for r in rows}
-    wanted = (jobs(name, arguments.methods, arguments.seeds, rows, not arguments.tuned) for name in arguments.tasks)
+    wanted = (
+        jobs(tasks[name], name, arguments.methods, arguments.seeds, rows, not arguments.tuned)
+        for name in arguments.tasks
+    )
     for job in () if arguments.table else itertools.chain.from_iterable(wanted):
         if job in done:
             continue
         name, method, lr, seed = job
-        row = run(name, method, lr, seed, arguments.steps, Path("runs/quality"))
+        row = run(tasks[name], name, method, lr, seed, arguments.steps, folder)
         with arguments.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         rows.append(row)
@@ -391,4 +404,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__ or "", TASKS, Path("benchmarks/results/quality.jsonl"), Path("runs/quality"))

@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_autolr.core.range_rules import RangeSuggestion, Rule
 from lightning_autolr.core.requests import Probe
 from lightning_autolr.engine import compat
-from lightning_autolr.engine.checks import record_folder
+from lightning_autolr.engine.checks import record_folder, steps_made
 from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.engine.figure_log import FigureLog
 from lightning_autolr.engine.files import Place
@@ -110,7 +110,7 @@ class RangeTestCallback(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx % steps_per_batch(trainer):
             return
-        now = trainer.current_epoch if self.unit == "epoch" else trainer.global_step
+        now = trainer.current_epoch if self.unit == "epoch" else steps_made(trainer)
         if now in self.milestones and now not in self._done:
             self._done.append(now)
             self._test(trainer, now)

@@ -17,6 +17,7 @@ Private steps:
 ``batches``       what they are made on
 ``loaders``       where these come from, while the user's own loaders stand still
 ``evaluate``      validation by hand
+``permute``       the weights in another order: a network that has learnt nothing
 ``batch_norm``    running statistics, taken anew for an evaluation
 ``quiet``         nobody hears of a private step
 

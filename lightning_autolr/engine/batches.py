@@ -205,9 +205,12 @@ def validation_batches(trainer: Any, count: int | None, loaders: list[Any], seed
 def split(batch: Any, parts: int) -> list[Any]:
     """The batch in equal parts along its first dimension; whole unless it is made of tensors that agree about it.
 
-    The difference between two candidates has a standard error only when there are several losses to compare.
+    The difference between two candidates has a standard error only when there are several losses to compare. A square matrix
+    is taken for one of pairs, such as the edges of a graph, of which rows alone make no batch.
     """
     leaves = list(_leaves(batch))
+    if any(isinstance(leaf, Tensor) and leaf.ndim == 2 and leaf.shape[0] == leaf.shape[1] for leaf in leaves):
+        return [batch]
     sizes = {leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else 0 for leaf in leaves}
     size = sizes.pop() if len(sizes) == 1 else 0
     parts = min(parts, size // 2)  # two samples at least: user code may squeeze a batch of one

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -14,21 +16,36 @@ from lightning_autolr.engine.compat import takes_batch_idx
 from lightning_autolr.engine.quiet import LogSink
 from lightning_autolr.engine.steps import loss_of, returned_loss, to_device, training_step
 
-__all__ = ["evaluate", "evaluate_training_batches"]
+__all__ = ["evaluate", "evaluate_training_batches", "validating"]
+
+
+@contextmanager
+def validating(trainer: Any) -> Iterator[None]:
+    """The Trainer says that it validates, as modules may want to know."""
+    stage = trainer.state.stage
+    trainer.validating = True
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
 
 
 @torch.no_grad()
 def evaluate(trainer: Any, batches: Sequence[tuple[Any, int, int]], sink: LogSink, monitor: str) -> list[Tensor]:
     """The monitored value of each validation batch.
 
-    It is what ``validation_step`` logs as ``monitor``, else what it returns, else what ``on_validation_epoch_end`` logs (one
-    value for all batches). Metrics that accumulate give one value too.
+    It is what ``validation_step`` logs as ``monitor``, else the single number that it returns, else what
+    ``on_validation_epoch_end`` logs (one value for all batches). Metrics that accumulate give one value too.
 
     Raises:
         ValueError: the monitored value is nowhere to be found.
     """
     module, strategy = trainer.lightning_module, trainer.strategy
-    module.eval()
+    if not batches:
+        raise ValueError(
+            "Expected validation batches, got none: the validation dataloader is empty, or `limit_val_batches` leaves none of "
+            "it. Give some, or choose `objective='train'` with `ratchet=False`."
+        )
     several = len({number for _, _, number in batches}) > 1
     takes_idx = takes_batch_idx(module.validation_step)
     values: list[Tensor] = []
@@ -36,6 +53,11 @@ def evaluate(trainer: Any, batches: Sequence[tuple[Any, int, int]], sink: LogSin
     metrics: list[Metric] = []
     logged: dict[str, Any] = {}
     sink.take()
+    if is_overridden("on_validation_model_eval", module):
+        module.on_validation_model_eval()
+    else:
+        module.eval()
+    module.on_validation_start()
     module.on_validation_epoch_start()
     for raw, idx, number in batches:
         sink.dataloader_idx = number if several else None
@@ -53,11 +75,13 @@ def evaluate(trainer: Any, batches: Sequence[tuple[Any, int, int]], sink: LogSin
             values.append(torch.as_tensor(value, dtype=torch.float32, device=strategy.root_device).mean())
         elif monitor not in logged and (number == 0 or f"dataloader_idx_{number}" in monitor):
             loss = returned_loss(output)
-            if loss is not None:
+            if isinstance(loss, float) or (isinstance(loss, Tensor) and loss.numel() == 1):  # and not logits, say
                 values.append(torch.as_tensor(loss, device=strategy.root_device).float().mean())
     sink.dataloader_idx = None
     module.on_validation_epoch_end()
     logged_at_end = sink.take()
+    module.on_validation_end()
+    sink.take()
     at_end = logged_at_end.get(monitor, accumulated)
     if at_end is not None:
         value = at_end.compute() if isinstance(at_end, Metric) else at_end

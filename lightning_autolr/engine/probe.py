@@ -17,7 +17,7 @@ from lightning_autolr.core.requests import Evaluation, LineProbe, LineResult, Pr
 from lightning_autolr.engine.batch_norm import updated_statistics
 from lightning_autolr.engine.batches import Draws, mix, validation_batches
 from lightning_autolr.engine.compat import val_loaders
-from lightning_autolr.engine.evaluate import evaluate, evaluate_training_batches
+from lightning_autolr.engine.evaluate import evaluate, evaluate_training_batches, validating
 from lightning_autolr.engine.files import Place, make_store
 from lightning_autolr.engine.line import answer_line_probe
 from lightning_autolr.engine.lr import LearningRate
@@ -323,7 +323,8 @@ class Prober:
         if request.evaluate == "validation":
             batches = self._validation_batches()
             self.cost.eval_batches += len(batches)
-            return evaluate(self.trainer, batches, self._sink, self._options.monitor)
+            with validating(self.trainer):
+                return evaluate(self.trainer, batches, self._sink, self._options.monitor)
         return self.training_losses(self.draws.held_out(request.draw))
 
     def _validation_batches(self) -> list[tuple[Any, int, int]]:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from lightning_autolr.core.refine import refine_online
 from lightning_autolr.core.requests import Requests, Run, Train
+from lightning_autolr.schedules import Constant
 from lightning_autolr.search.base import AbstractSearch
 
 __all__ = ["OnlineRefined"]
@@ -52,8 +53,8 @@ class OnlineRefined(AbstractSearch):
         while len(norms) < total:
             plan = refine_online(norms, total, previous=factor, norm=self.norm, smoothing=self.smoothing)
             num_steps = min(piece, total - len(norms))
-            answer = yield Train(
-                peak * plan.lr, num_steps, plan.shape, grad_norm=self.norm, stage=len(norms) // piece, label="refined"
-            )
+            # a last step that stands alone has factor 0, which only a shape can have
+            lr, shape = (peak * plan.lr, plan.shape) if plan.lr else (peak, Constant(0.0))
+            answer = yield Train(lr, num_steps, shape, grad_norm=self.norm, stage=len(norms) // piece, label="refined")
             norms += answer.grad_norms
             factor = plan(num_steps - 1)

@@ -135,6 +135,40 @@ def test_refined_while_training(tmp_path: Path) -> None:
     assert recorded == pytest.approx(seen.norms, rel=1e-5)
 
 
+@pytest.mark.parametrize("num_steps", [1, 5, 20, 101, 301])
+def test_refined_to_the_last_step(num_steps: int, tmp_path: Path) -> None:
+    """The last plan may be for one step alone, whose factor is 0."""
+    callback = RefinedScheduleCallback(peak_lr=0.3)
+    seen = run(Scheduled(), tmp_path, callback, max_steps=num_steps)
+    assert len(seen.lrs) == num_steps
+    assert num_steps == 1 or seen.lrs[-1][1] == pytest.approx(0.0, abs=1e-9)
+
+
+class TwoOptimizers(Tiny):
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        optimizers: Any = self.optimizers()
+        self.manual_backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.norm, self.head)]
+
+
+def test_milestones_count_the_steps_of_all_optimizers_as_one(tmp_path: Path) -> None:
+    test = RangeTestCallback(milestones=(5,), unit="step", num_steps=20, repeats=1)
+    run(TwoOptimizers(), tmp_path, test, max_steps=24)
+    assert list(test.suggestions) == [5]
+
+
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "StepLR": lambda o: sched.StepLR(o, 5, 0.5),
     "MultiStepLR": lambda o: sched.MultiStepLR(o, [4, 9]),

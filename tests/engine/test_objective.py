@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
 from lightning_autolr import AutoLRSCallback
 from lightning_autolr.core.requests import Evaluation, Probe, ProbeResult
+from lightning_autolr.engine.batches import split
 from lightning_autolr.engine.driver import SearchCallback
 from tests.engine.small import Stages, Tiny, fit_tiny
 from tests.engine.subjects import Search
@@ -42,7 +45,7 @@ def test_what_autolrs_asks_for(tmp_path: Path, options: dict[str, Any], objectiv
     assert callback.objective == objective
     fit_tiny(tmp_path, [callback], max_steps=800)
     early = "method" not in options
-    tried = {request.evaluate for request, _ in probes(callback) if request.num_steps}
+    tried = {q.evaluate for q, _ in probes(callback) if q.num_steps and not q.permuted}
     looks = {request.evaluate for request, _ in probes(callback) if not request.num_steps}
     assert tried == {objective}
     assert looks == ({"validation"} if early else set())
@@ -72,3 +75,56 @@ def test_without_a_training_loss(tmp_path: Path) -> None:
 def test_a_probe_says_no(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="Expected two steps or more, and no evaluate_every, with evaluate='train'"):
         Probe(lr=0.1, evaluate="train", **wrong)
+
+
+class Particular(Tiny):
+    """Notices how it is validated."""
+
+    def on_validation_start(self) -> None:
+        self.seen: list[float] = []
+
+    def on_validation_model_eval(self) -> None:
+        self.eval()
+        self.norm.train()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        assert self.trainer.validating
+        assert self.norm.training
+        self.seen.append(float(self.loss(batch)))
+        self.log(f"{self.trainer.state.stage.value}_loss", self.seen[-1])
+
+    def on_validation_end(self) -> None:
+        assert self.seen
+        del self.seen
+
+
+def test_a_private_validation_looks_like_one_to_the_module(tmp_path: Path) -> None:
+    callback = Search(Stages(), monitor="validate_loss")
+    fit_tiny(tmp_path, [callback], Particular(), num_sanity_val_steps=0)
+    assert len(probes(callback)) == 4
+
+
+class Logits(Tiny):
+    """Returns something, and it is not the loss."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("val/loss", self.loss(batch))
+        return self.layer(batch[0])
+
+
+def test_only_a_number_that_is_returned_is_a_loss(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Expected `validation_step` to log 'val_loss' or .* logged \['val/loss'\]"):
+        fit_tiny(tmp_path, [Search(Stages())], Logits())
+
+
+@pytest.mark.filterwarnings("ignore:Total length of")
+def test_an_empty_validation_loader_is_said_to_be_empty(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Expected validation batches, got none: the validation dataloader is empty"):
+        fit_tiny(tmp_path, [Search(Stages())], val=[DataLoader([], batch_size=1)])
+
+
+def test_a_batch_of_pairs_is_not_cut() -> None:
+    """A graph comes as one batch: the rows of its edges belong to all of its nodes."""
+    nodes, edges = torch.zeros(12, 3), torch.zeros(12, 12)
+    assert split((nodes, edges), 4) == [(nodes, edges)]
+    assert len(split((nodes, edges[:, :5]), 4)) == 4
