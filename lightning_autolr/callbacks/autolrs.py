@@ -29,7 +29,8 @@ class AutoLRSCallback(SearchCallback):
     stage, at as many steps as are trained.
 
     Args:
-        tau: "early": longest stage of the ratchet in steps. "published": steps of the first stage.
+        tau: "early": longest stage of the ratchet in steps; a run of unknown length is searched as one of ten times as many.
+            "published": steps of the first stage.
         tau_max: steps of the longest stage of the published method.
         num_candidates: learning rates tried in a search, at most, beside the short candidates that come before it with "early";
             None is 4, and 10 as published.
@@ -90,6 +91,8 @@ class AutoLRSCallback(SearchCallback):
         warmup: Literal["autowu"] | None = None,
         **options: Any,
     ) -> None:
+        if not tau >= 1:
+            raise ValueError(f"Expected tau >= 1, got {tau=}.")
         if method not in _OPTIONS_OF:
             raise ValueError(f"Expected method to be 'early' or 'published', got {method!r}.")
         (other,) = _OPTIONS_OF.keys() - {method}

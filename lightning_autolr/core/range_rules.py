@@ -255,7 +255,15 @@ class RangeSuggestion:
         loss never rose: a rate a little beyond the edge of a climb may still be the best to anneal from. The lower
         bound is where the loss begins to fall, and at least three decades below the upper one: later in training lower
         rates than now are wanted.
+
+        Raises:
+            ValueError: no curve has a finite loss.
         """
+        if not any(curve.lrs for curve in self.curves):
+            raise ValueError(
+                "Expected finite training losses at the bottom of the ladder, got none: lower `min_lr`, or look for what makes "
+                "the network's own loss infinite."
+            )
         edges = [curve.edge for curve in self.curves if curve.edge is not None]
         onsets = [curve.onset for curve in self.curves if curve.onset is not None]
         upper = (

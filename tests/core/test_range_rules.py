@@ -218,3 +218,9 @@ def test_errors() -> None:
         suggest([])
     with pytest.raises(ValueError, match="rule out of"):
         suggest([curve(climb())], "best")  # type: ignore[arg-type]
+
+
+def test_bounds_without_any_finite_loss() -> None:
+    found = suggest([RangeCurve.measured([1e-3], [math.inf])])
+    with pytest.raises(ValueError, match="Expected finite training losses at the bottom of the ladder, got none"):
+        _ = found.bounds

@@ -227,6 +227,8 @@ def test_options_of_the_other_method() -> None:
         AutoLRSCallback(method="published", warmup="autowu", caution=1.0)
     with pytest.raises(ValueError, match="Expected kappa only with method='published'"):
         AutoLRSCallback(kappa=3.0)
+    with pytest.raises(ValueError, match=r"Expected tau >= 1, got tau=0\."):
+        AutoLRSCallback(tau=0)
     with pytest.raises(ValueError, match="Expected method to be 'early' or 'published', got 'late'"):
         AutoLRSCallback(method="late")  # type: ignore[arg-type]
 
