@@ -153,8 +153,16 @@ class Prober:
         self._kept[new_id].capture()
 
     def resume_from(self, state: str) -> None:
-        """Make a kept state the state of the real run."""
+        """Make a kept state the state of the real run.
+
+        Entries of parameter groups that came since stay: whoever added them, such as the scheduler of a weight averaging,
+        is not taken back, and reads them on.
+        """
+        before = [[dict(group) for group in optimizer.param_groups] for optimizer in self.trainer.optimizers]
         self._known(state).restore()
+        for optimizer, groups in zip(self.trainer.optimizers, before, strict=True):
+            for group, old in zip(optimizer.param_groups, groups, strict=False):  # there may be fewer now
+                group.update({key: value for key, value in old.items() if key not in group})
 
     def release(self, state: str) -> None:
         """Drop a kept state."""
