@@ -106,7 +106,7 @@ class Prober:
         random_state = RandomState(self._strategy.root_device)
         grads: list[tuple[torch.nn.Parameter, Tensor]] = []
         with quiet(self.trainer, self._module, list(self._options.search_callbacks)) as (sink, signals):
-            lr, momentum = self.lr.value, self.lr.momentum
+            lr, momentum, self.lr.is_private = self.lr.value, self.lr.momentum, True
             self._at, self._sink, self._signals = "here", sink, signals
             try:
                 grads += take_gradients(self._module.parameters())
@@ -118,7 +118,7 @@ class Prober:
                 with deferred_signals(frozenset({signal.SIGINT})):
                     self.go_to("here")
                     self._at = self._sink = None
-                    self.lr.value, self.lr.momentum = lr, momentum
+                    self.lr.value, self.lr.momentum, self.lr.is_private = lr, momentum, False
                     for parameter in self._module.parameters():
                         parameter.grad = None
                     for parameter, grad in grads:
