@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 
 from lightning_autolr.core.requests import Run
 from lightning_autolr.engine import compat
@@ -71,15 +71,23 @@ def _known_total(trainer: Any) -> float:
 
 
 def _steps_of_epochs(trainer: Any) -> float:
-    scheduler = next((c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)), None)
-    if scheduler is None:
-        total = float(trainer.estimated_stepping_batches)
-        return total if total >= 0 else math.inf  # negative: epochs of unknown length
-    # The Trainer's estimate is that of the accumulation of the moment.
+    # Not the Trainer's estimate: that takes the accumulation of the moment, and the added epoch, for those of all epochs.
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
     if batches == math.inf or epochs in (None, -1):
         return math.inf
-    return float(sum(math.ceil(batches / scheduler.get_accumulate_grad_batches(epoch)) for epoch in range(epochs)))
+    scheduler = next((c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)), None)
+    fixed = trainer.accumulate_grad_batches
+    counts = (
+        fixed if scheduler is None else scheduler.get_accumulate_grad_batches(epoch)
+        for epoch in range(epochs - _adds_epoch(trainer))
+    )
+    return float(sum(math.ceil(batches / count) for count in counts))
+
+
+def _adds_epoch(trainer: Any) -> bool:
+    """Whether there is an epoch more, without a backward, in which averaged weights get their batch statistics."""
+    averaging = [c for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging)]
+    return any(c.pl_module_contains_batch_norm(trainer.lightning_module) for c in averaging)
 
 
 def facts_of(trainer: Any, lr: float, total_steps: int | Literal["auto"], count_search: bool, first_step: int) -> Run:

@@ -61,7 +61,8 @@ class SearchCallback(Callback):
         fork: where the copy of the training state lies: on its own "device", in pinned "cpu" memory, or on "disk" through
             the Trainer's checkpoint I/O plugin.
         on_scheduler: what to do with learning-rate schedulers that the module configured: "override" them with one
-            warning, "multiply" with what they do within a stage, or raise an "error".
+            warning, "multiply" with what they do within a stage (relative to its start, or to their top where they have not
+            reached it yet), or raise an "error".
         total_steps: optimizer steps from here to the end of the run; "auto" asks the Trainer.
         count_search: count search steps in ``total_steps``: the run then ends when search and training together have
             made that many. For comparisons at equal cost.
@@ -184,7 +185,9 @@ class SearchCallback(Callback):
                 "Expected parameters with shapes, got lazy ones, which a probe would initialize. Run one batch through the "
                 "module in `configure_model`."
             )
-        self._lr = LearningRate(trainer.optimizers, self.on_scheduler == "multiply", state["lr"] if state else None)
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        multiply = self.on_scheduler == "multiply"
+        self._lr = LearningRate(trainer.optimizers, multiply, state["lr"] if state else None, schedulers)
         self._progress = Progress(trainer)
         self._prober = Prober(trainer, self._lr, self.probe_options, self._show)
         folder = record_folder(trainer)

@@ -30,8 +30,8 @@ def dump_kept(trainer: Any, prober: Prober) -> dict[str, Any]:
 
 def load_kept(trainer: Any, prober: Prober, states: dict[str, Any]) -> None:
     """Keep the states of a checkpoint again."""
-    with prober.set_aside():
-        for name, state in states.items():
+    for name, state in states.items():
+        with prober.set_aside():
             _load(trainer, prober, state)
             prober.keep(name)
 
@@ -58,8 +58,11 @@ def _load(trainer: Any, prober: Prober, state: dict[str, Any]) -> None:
     for name, tensor in state["tensors"].items():
         tensors[name].copy_(tensor)
     for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
+        # Those that a finetuning callback added since are not part of it. A new list: the old one is what is put back.
+        optimizer.param_groups = optimizer.param_groups[: len(saved["param_groups"])]
         optimizer.load_state_dict(copy.deepcopy(saved))
-    for config, saved in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
+    # The scheduler of a weight averaging comes later than we do.
+    for config, saved in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=False):
         config.scheduler.load_state_dict(copy.deepcopy(saved))
     if state["precision"]:
         trainer.precision_plugin.load_state_dict(state["precision"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, Literal
 
 from torch import Tensor
@@ -27,15 +28,22 @@ class LearningRate:
         optimizers: all optimizers of the run.
         multiply: multiply what the module's own schedulers write instead of replacing it.
         state: the ``state_dict`` of an earlier run of this training; its optimizers hold written learning rates.
+        schedulers: the module's own ones.
 
     Attributes:
         memory: what is remembered of the module's schedulers (``multiply``): what each group's learning rate is without
-            us (``own``), what it was when the segment began (``at_start``), and whether an optimizer's groups hold what
-            we wrote (``ours``). It belongs to the training state: a fork captures and restores it with the rest.
+            us (``own``), how high it was already (``highest``), relative to what it counts since the segment began
+            (``at_start``), and whether an optimizer's groups hold what we wrote (``ours``). It belongs to the training
+            state: a fork captures and restores it with the rest.
+        is_private: whether steps are private ones, in which the module's schedulers have no say.
     """
 
     def __init__(
-        self, optimizers: Sequence[Optimizer], multiply: bool = False, state: dict[str, Any] | None = None
+        self,
+        optimizers: Sequence[Optimizer],
+        multiply: bool = False,
+        state: dict[str, Any] | None = None,
+        schedulers: Sequence[Any] = (),
     ) -> None:
         self._optimizers = list(optimizers)
         configured = [[_number(g.get("initial_lr", g["lr"])) for g in o.param_groups] for o in self._optimizers]
@@ -48,12 +56,16 @@ class LearningRate:
         self.ratios = state["ratios"] if state else [[lr / self.reference for lr in o] for o in configured]
         self.value = self.reference
         self.momentum: float | None = None
-        self.memory: dict[str, Any] = {"own": configured, "at_start": configured, "ours": [False] * len(configured)}
+        self.is_private = False
+        ours = [False] * len(configured)
+        self.memory: dict[str, Any] = {"own": configured, "highest": configured, "at_start": configured, "ours": ours}
+        self._tops = state["tops"] if state else _tops(self._optimizers, schedulers)
         if state:
             self.memory.update(copy.deepcopy(state["memory"]))
         elif multiply:
+            self.memory["highest"] = [[0.0] * len(o) for o in configured]
             self._read_own()
-            self.memory["at_start"] = list(self.memory["own"])
+            self._count_from_here()
         self._handles = [o.register_step_pre_hook(self._before_step) for o in self._optimizers]
         self._multiply = multiply
         self._in_step = False
@@ -81,13 +93,19 @@ class LearningRate:
                 self._write_own(index)
 
     def start_segment(self) -> None:
-        """From here on the module's schedulers count relative to what they say now (``on_scheduler="multiply"``)."""
+        """From here on the module's schedulers count relative to what they say now (``on_scheduler="multiply"``).
+
+        As long as they were not at their top yet, as in a warm-up, they count relative to that: what is asked for is trained
+        with there, and no more than it.
+        """
         if self._multiply:
             self._read_own()
-            self.memory["at_start"] = list(self.memory["own"])
+            self._count_from_here()
 
     def state_dict(self) -> dict[str, Any]:
-        return copy.deepcopy({"reference": self.reference, "ratios": self.ratios, "memory": self.memory})
+        return copy.deepcopy(
+            {"reference": self.reference, "ratios": self.ratios, "tops": self._tops, "memory": self.memory}
+        )
 
     def close(self) -> None:
         """Stop writing."""
@@ -111,7 +129,7 @@ class LearningRate:
 
     def _wanted(self, optimizer_idx: int, group_idx: int) -> float:
         lr: float = self.value * self.ratios[optimizer_idx][group_idx]
-        if self._multiply:
+        if self._multiply and not self.is_private:
             own, at_start = (self.memory[key][optimizer_idx] for key in ("own", "at_start"))
             if group_idx < len(at_start) and at_start[group_idx] > 0:
                 lr *= own[group_idx] / at_start[group_idx]
@@ -131,6 +149,19 @@ class LearningRate:
             else [_number(g["lr"]) for g in optimizer.param_groups]
             for own, ours, optimizer in zip(self.memory["own"], self.memory["ours"], self._optimizers, strict=True)
         ]
+        self.memory["highest"] = [
+            [max(a, b) for a, b in zip_longest(highest, own, fillvalue=0.0)]
+            for highest, own in zip(self.memory["highest"], self.memory["own"], strict=True)
+        ]
+
+    def _count_from_here(self) -> None:
+        self.memory["at_start"] = [
+            [
+                top if highest < top * (1 - 1e-6) else own
+                for own, highest, top in zip_longest(*lrs, fillvalue=0.0)  # groups that were added have no top
+            ]
+            for lrs in zip(self.memory["own"], self.memory["highest"], self._tops, strict=True)
+        ]
 
     def _write(self, only: Optimizer | None = None) -> None:
         which = [(o, optimizer) for o, optimizer in enumerate(self._optimizers) if only in (None, optimizer)]
@@ -146,6 +177,19 @@ class LearningRate:
                         group["betas"] = (self.momentum, *group["betas"][1:])
                     elif "momentum" in group:
                         group["momentum"] = self.momentum
+
+
+def _tops(optimizers: Sequence[Optimizer], schedulers: Sequence[Any]) -> list[list[float]]:
+    """How high the learning rate of each group goes: as configured, or a one-cycle or cyclic schedule's peak."""
+    nested = list(schedulers)
+    for scheduler in nested:  # grows
+        nested += compat.inner_schedulers(scheduler)
+    tops = [[_number(g.get("max_lr", g.get("initial_lr", g["lr"]))) for g in o.param_groups] for o in optimizers]
+    for scheduler in nested:
+        for peaks, optimizer in zip(tops, optimizers, strict=True):
+            if getattr(scheduler, "optimizer", None) is optimizer and hasattr(scheduler, "max_lrs"):
+                peaks[:] = [max(a, _number(b)) for a, b in zip_longest(peaks, scheduler.max_lrs, fillvalue=0.0)]
+    return tops
 
 
 def _number(value: Any) -> float:

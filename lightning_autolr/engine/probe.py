@@ -106,7 +106,7 @@ class Prober:
         random_state = RandomState(self._strategy.root_device)
         grads: list[tuple[torch.nn.Parameter, Tensor]] = []
         with quiet(self.trainer, self._module, list(self._options.search_callbacks)) as (sink, signals):
-            lr, momentum = self.lr.value, self.lr.momentum
+            lr, momentum, self.lr.is_private = self.lr.value, self.lr.momentum, True
             self._at, self._sink, self._signals = "here", sink, signals
             try:
                 grads += take_gradients(self._module.parameters())
@@ -118,7 +118,7 @@ class Prober:
                 with deferred_signals(frozenset({signal.SIGINT})):
                     self.go_to("here")
                     self._at = self._sink = None
-                    self.lr.value, self.lr.momentum = lr, momentum
+                    self.lr.value, self.lr.momentum, self.lr.is_private = lr, momentum, False
                     for parameter in self._module.parameters():
                         parameter.grad = None
                     for parameter, grad in grads:
@@ -153,8 +153,16 @@ class Prober:
         self._kept[new_id].capture()
 
     def resume_from(self, state: str) -> None:
-        """Make a kept state the state of the real run."""
+        """Make a kept state the state of the real run.
+
+        Entries of parameter groups that came since stay: whoever added them, such as the scheduler of a weight averaging,
+        is not taken back, and reads them on.
+        """
+        before = [[dict(group) for group in optimizer.param_groups] for optimizer in self.trainer.optimizers]
         self._known(state).restore()
+        for optimizer, groups in zip(self.trainer.optimizers, before, strict=True):
+            for group, old in zip(optimizer.param_groups, groups, strict=False):  # there may be fewer now
+                group.update({key: value for key, value in old.items() if key not in group})
 
     def release(self, state: str) -> None:
         """Drop a kept state."""

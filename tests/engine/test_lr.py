@@ -149,6 +149,44 @@ def test_scheduler_of_the_module_is_multiplied(tmp_path: Path) -> None:
     assert rates.seen == [[0.2 * 0.5**step] for step in range(6)]
 
 
+@pytest.mark.parametrize("scheduler", ["from zero", "from a thousandth", "sequence", "one-cycle", "cyclic"])
+def test_a_scheduler_that_starts_low_is_multiplied_relative_to_its_top(scheduler: str) -> None:
+    optimizer = torch.optim.SGD(_weights(1), lr=0.05, momentum=0.9)
+    schedules = torch.optim.lr_scheduler
+    warmup = {"start_factor": 1e-3, "total_iters": 4}
+    own: Any = {
+        "from zero": lambda: schedules.LambdaLR(optimizer, lambda t: min(1, t / 4)),
+        "from a thousandth": lambda: schedules.LinearLR(optimizer, **warmup),
+        "sequence": lambda: schedules.SequentialLR(
+            optimizer, [schedules.LinearLR(optimizer, **warmup), schedules.CosineAnnealingLR(optimizer, 8)], [4]
+        ),
+        "one-cycle": lambda: schedules.OneCycleLR(optimizer, 0.05, total_steps=13, pct_start=5 / 13),
+        "cyclic": lambda: schedules.CyclicLR(optimizer, 1e-4, 0.05, step_size_up=4),
+    }[scheduler]()
+    lr = LearningRate([optimizer], multiply=True, schedulers=[own])
+    lr.start_segment()
+    trained_with = []
+    for _ in range(9):
+        expected = optimizer.param_groups[0]["lr"] / 0.05
+        lr.set(0.2)
+        lr.show()
+        trained_with.append(optimizer.param_groups[0]["lr"])
+        assert trained_with[-1] == pytest.approx(0.2 * expected)
+        optimizer.step()
+        own.step()
+    assert trained_with[0] < 0.01
+    assert max(trained_with) == pytest.approx(0.2)
+    lr.start_segment()  # the top was reached: relative to what it is now
+    lr.set(0.2)
+    lr.show()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
+    lr.is_private = True
+    lr.set(0.3)
+    lr.show()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.3)
+    lr.close()
+
+
 def test_scheduler_of_the_module_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"Expected a module without learning-rate schedulers, got \['StepLR'\]"):
         fit_tiny(tmp_path, [Search(Stages(), on_scheduler="error")], Scheduled())

@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_autolr import AutoLRSCallback, ScheduleCallback
@@ -127,3 +132,24 @@ def _fit_from(folder: Path, path: Path, callbacks: list[Callback], **options: An
     trainer, module = Trainer(callbacks=callbacks, default_root_dir=folder, **settings), Tiny()
     trainer.fit(module, loader(shuffle=False), loader(12, False), ckpt_path=path)
     return trainer, module
+
+
+class Averages(Callback):
+    """The weights when the epoch begins that a weight averaging adds: the averaged ones."""
+
+    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == 10:
+            self.weights = [w.detach().clone() for w in module.parameters()]
+
+
+def test_the_epoch_that_a_weight_averaging_adds_is_not_planned_for(tmp_path: Path) -> None:
+    """Its one step has no backward, and no ratchet takes the averaged weights back."""
+    for options in ({"max_epochs": 10}, {"max_epochs": 10, "max_steps": 30}):
+        length = total(tmp_path, StochasticWeightAveraging(1e-2), **options)
+        assert length == options.get("max_steps", 40)
+    averages, callback = Averages(), ScheduleCallback(Linear(), ratchet=True, figures=False)
+    averaging = StochasticWeightAveraging(1e-2, swa_epoch_start=0.5)
+    trainer, module = fit_tiny(tmp_path, [callback, averaging, averages], max_steps=-1, max_epochs=10)
+    assert trainer.global_step == 41
+    for averaged, weight in zip(averages.weights, module.parameters(), strict=True):
+        assert torch.allclose(averaged, weight, atol=1e-2)
