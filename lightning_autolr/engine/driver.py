@@ -35,7 +35,7 @@ from lightning_autolr.engine.figure_log import FigureLog, log_account, options_o
 from lightning_autolr.engine.files import Place
 from lightning_autolr.engine.kept import dump_kept, load_kept
 from lightning_autolr.engine.lr import LearningRate, OnScheduler
-from lightning_autolr.engine.probe import ProbeOptions, Prober
+from lightning_autolr.engine.probe import Cost, ProbeOptions, Prober
 from lightning_autolr.engine.progress import Progress
 from lightning_autolr.engine.ranks import decide, gather, strategy_is_distributed
 from lightning_autolr.engine.segment import ActiveSegment
@@ -132,6 +132,7 @@ class SearchCallback(Callback):
         self._loaded: dict[str, Any] | None = None
         self._final: dict[str, Any] | None = None
         self._trainer: Any = None
+        self._record, self._cost = Record(None), Cost()
 
     def make_search(self, run: Run) -> AbstractSearch:
         """The search to run; called once at the start of training. To be overridden where it depends on the run."""
@@ -187,6 +188,7 @@ class SearchCallback(Callback):
         self._lr = LearningRate(trainer.optimizers, self.on_scheduler == "multiply", state["lr"] if state else None)
         self._progress = Progress(trainer)
         self._prober = Prober(trainer, self._lr, self.probe_options, self._show)
+        self._cost = self._prober.cost
         folder = record_folder(trainer)
         self._record = Record(folder if trainer.is_global_zero else None)
         draws = self.figures and trainer.is_global_zero
@@ -199,7 +201,7 @@ class SearchCallback(Callback):
         self._first_step = steps_made(trainer) if state is None else state.get("first_step", 0)
         self._trainer = trainer
         random_state, leftover = (None, []) if state is None else self._resume(state)
-        self._conversation = Conversation(trainer.strategy, self._record, self._prober.cost, leftover)
+        self._conversation = Conversation(trainer.strategy, self._record, self._cost, leftover)
         # Saved ones are put back now, not at the first batch: loading it, or a validation before it, draws numbers again.
         random_state = random_state or RandomState(trainer.strategy.root_device)
         self._start_search()
@@ -282,7 +284,7 @@ class SearchCallback(Callback):
 
     @property
     def trace(self) -> list[Entry]:
-        """All answered requests so far."""
+        """All answered requests so far; like the next two, empty before the first ``fit``."""
         return list(self._record.trace)
 
     @property
@@ -293,7 +295,7 @@ class SearchCallback(Callback):
     @property
     def summary(self) -> dict[str, Any]:
         """Schedule steps, search steps, seconds in search, chosen learning rates."""
-        return summary_of(self._record.segments, self._prober.cost)
+        return summary_of(self._record.segments, self._cost)
 
     def finish_in(self, num_steps: int) -> None:
         """End the run after ``num_steps`` more optimizer steps; a search that holds for want of an end anneals over them.
@@ -338,7 +340,7 @@ class SearchCallback(Callback):
             "kept": dump_kept(self._trainer, self._prober),
             "lr": self._lr.state_dict(),
             "is_linear": self._prober.is_linear,
-            "cost": vars(self._prober.cost).copy(),
+            "cost": vars(self._cost).copy(),
             "random_states": gather(RandomState(device).state_dict()),
             "folder": self._record.folder or "",
         }
@@ -355,7 +357,7 @@ class SearchCallback(Callback):
         if state["active"] is not None:
             self._active = ActiveSegment.from_state_dict(state["active"])
         self._kept_at, self._best_at, self._ends_at = dict(state["kept_at"]), state["best_at"], state["ends_at"]
-        vars(self._prober.cost).update(state["cost"])
+        vars(self._cost).update(state["cost"])
         self._prober.is_linear = state["is_linear"]
         load_kept(trainer, self._prober, state["kept"])
         for entry in self._record.trace:
@@ -406,7 +408,7 @@ class SearchCallback(Callback):
                         if self._prober.is_interrupted:
                             break  # a signal is delivered between two probes, with the real state in place
             self._progress.clear()
-            self._prober.cost.seconds += time.perf_counter() - begun
+            self._cost.seconds += time.perf_counter() - begun
             if self._figures is not None:
                 step = compat.logger_step(trainer)
                 self._figures.after_search(self._record.trace, self._record.segments, request, step)
@@ -453,7 +455,7 @@ class SearchCallback(Callback):
             )
         self._prober.resume_from(state)
         if state in self._kept_at:
-            self._prober.cost.steps_undone += self._record.undo_since(self._kept_at[state])
+            self._cost.steps_undone += self._record.undo_since(self._kept_at[state])
 
     def _trained(self) -> int:
         """Real steps so far, undone ones too."""
@@ -481,7 +483,7 @@ class SearchCallback(Callback):
             return True
         if not self.count_search or self._total is None:
             return False
-        return self._trained() + self._prober.cost.steps >= self._total
+        return self._trained() + self._cost.steps >= self._total
 
     def _finish(self, status: Status) -> None:
         """Write the training under way down, and tell the search what came of it."""
@@ -500,7 +502,7 @@ class SearchCallback(Callback):
         """
         with self._prober.session():
             self._prober.answer(Probe(lr=self._lr.reference, num_steps=1, evaluate="none", label="warm-up"), "warm-up")
-        self._prober.cost.steps -= 1
+        self._cost.steps -= 1
         self._warm = True
 
     def _last_lr(self) -> float:
@@ -522,7 +524,7 @@ class SearchCallback(Callback):
         step = compat.logger_step(trainer)
         if begins or (step + 1) % trainer.log_every_n_steps == 0:
             assert self._active is not None
-            cost = self._prober.cost
+            cost = self._cost
             scalars = {"autolr/lr": self._lr.value, "autolr/stage": float(self._active.train.stage)}
             if self.searches:
                 scalars["autolr/search_steps"] = float(cost.steps + cost.steps_undone)
