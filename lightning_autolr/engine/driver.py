@@ -521,8 +521,8 @@ class SearchCallback(Callback):
 
     def _log(self, begins: bool) -> None:
         trainer = self._trainer
-        step = compat.logger_step(trainer)
-        if begins or (step + 1) % trainer.log_every_n_steps == 0:
+        step, every = compat.logger_step(trainer), trainer.log_every_n_steps
+        if every and (begins or (step + 1) % every == 0):  # 0, as with `barebones`: never
             assert self._active is not None
             cost = self._cost
             scalars = {"autolr/lr": self._lr.value, "autolr/stage": float(self._active.train.stage)}
