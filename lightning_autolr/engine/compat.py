@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 __all__ = [
     "CACHED_LRS",
+    "LENT",
     "OWNERS",
     "BatchNorm",
     "clone_combined",
@@ -43,6 +44,7 @@ BatchNorm = _BatchNorm  # of any number of dimensions, and the synchronized one
 foreach_add_, foreach_copy_, foreach_neg_, foreach_norm = _foreach_add_, _foreach_copy_, _foreach_neg_, _foreach_norm
 
 CACHED_LRS = ("base_lrs", "max_lrs", "_last_lr")  # lists of learning rates that a scheduler may hold
+LENT = ("log", "log_dict")  # methods of the module that Lightning hangs on each callback, anew for each run
 OWNERS = frozenset({"_trainer", "_fabric"})  # attributes by which a module knows who runs it
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -133,6 +134,7 @@ class SearchCallback(Callback):
         self._final: dict[str, Any] | None = None
         self._trainer: Any = None
         self._record, self._cost = Record(None), Cost()
+        self._active: ActiveSegment | None = None
 
     def make_search(self, run: Run) -> AbstractSearch:
         """The search to run; called once at the start of training. To be overridden where it depends on the run."""
@@ -193,15 +195,19 @@ class SearchCallback(Callback):
         self._record = Record(folder if trainer.is_global_zero else None)
         draws = self.figures and trainer.is_global_zero
         self._figures = FigureLog(trainer.loggers, folder) if draws and folder is not None else None
-        self._active: ActiveSegment | None = None
+        self._active = None
         self._kept_at: dict[str, int] = {}
         self._best_at: dict[str, dict[str, float]] = {}
         self._ends_at: int | None = None
         self._warm = not strategy_is_distributed()
         self._first_step = steps_made(trainer) if state is None else state.get("first_step", 0)
-        self._trainer = trainer
-        random_state, leftover = (None, []) if state is None else self._resume(state)
+        leftover: list[Entry] = []
         self._conversation = Conversation(trainer.strategy, self._record, self._cost, leftover)
+        self._trainer = trainer
+        random_state = None
+        if state is not None:
+            random_state, found = self._resume(state)
+            leftover += found
         # Saved ones are put back now, not at the first batch: loading it, or a validation before it, draws numbers again.
         random_state = random_state or RandomState(trainer.strategy.root_device)
         self._start_search()
@@ -270,15 +276,35 @@ class SearchCallback(Callback):
 
     @override
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        if self._trainer is not None and self._active is not None and self._active.steps_done:
+        if self._trainer is None:
+            return
+        if self._active is not None and self._active.steps_done:
             self._record.write_schedule(self._active.to_segment())
+        self._lr.close()
+        # `teardown` is not called. With several ranks the state cannot be asked for: the others may not be here.
+        if not strategy_is_distributed():
+            try:
+                self._final = self.state_dict()  # for a checkpoint that somebody saves from here on
+            except Exception as error:
+                rank_zero_warn(f"{type(self).__name__} has no state for a checkpoint saved from here on: {error!r}.")
+            self._let_go()
 
     @override
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self._trainer is not None:
-            self._lr.close()
-            self._prober.close()
-            self._trainer = None
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Free the copies and the optimizers' hooks, and keep nothing of the Trainer's: only options, the account and
+        the state for checkpoints, which may hold kept weights, on the CPU."""
+        self._lr.close()
+        self._prober.close()
+        if self._final is not None:
+            self._final = move_data_to_device(self._final, "cpu")
+        self._trainer = self._active = None
+        del self._lr, self._prober, self._progress, self._figures, self._conversation
+        for name in compat.LENT:
+            vars(self).pop(name, None)
 
     # -- what the user may ask --------------------------------------------------------------------------------------
 
