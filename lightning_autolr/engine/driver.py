@@ -30,7 +30,7 @@ from lightning_autolr.core.requests import (
     decode,
 )
 from lightning_autolr.engine import compat
-from lightning_autolr.engine.checks import check_choice, check_trainer, facts_of, record_folder, steps_made
+from lightning_autolr.engine.checks import check_choice, check_trainer, facts_of, other_count, record_folder, steps_made
 from lightning_autolr.engine.conversation import Conversation
 from lightning_autolr.engine.figure_log import FigureLog, log_account, options_of
 from lightning_autolr.engine.files import Place
@@ -48,6 +48,8 @@ from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.ratchet import Guarded, Ratchet
 
 __all__ = ["SearchCallback"]
+
+_COUNTED_FOR = 20  # batches of manual optimization, after which optimizer steps are compared with what was planned
 
 
 class SearchCallback(Callback):
@@ -199,6 +201,7 @@ class SearchCallback(Callback):
         self._kept_at: dict[str, int] = {}
         self._best_at: dict[str, dict[str, float]] = {}
         self._ends_at: int | None = None
+        self._batches, self._first_global_step = 0, trainer.global_step
         self._warm = not strategy_is_distributed()
         self._first_step = steps_made(trainer) if state is None else state.get("first_step", 0)
         leftover: list[Entry] = []
@@ -250,6 +253,8 @@ class SearchCallback(Callback):
             active.add_loss(loss.detach().float().mean() * (trainer.accumulate_grad_batches if automatic else 1))
         if automatic and trainer.global_step == self._step_before:
             return
+        if not automatic:
+            self._compare_counts()
         active.end_step()
         if ends := self._is_at_end():
             trainer.should_stop = True
@@ -502,6 +507,15 @@ class SearchCallback(Callback):
         """Seconds until ``max_time``, if it was given."""
         seconds = (c.time_remaining() for c in self._trainer.callbacks if isinstance(c, Timer))
         return min((s for s in seconds if s is not None), default=None)
+
+    def _compare_counts(self) -> None:
+        """After some batches: does a manually optimized run make the steps that it was planned for?"""
+        trainer = self._trainer
+        self._batches += 1
+        if self._batches == _COUNTED_FOR and self.total_steps == "auto" and trainer.max_steps != -1:
+            said = other_count(trainer, self._batches, trainer.global_step - self._first_global_step)
+            if said:
+                rank_zero_warn(f"{type(self).__name__} {said}")
 
     def _is_at_end(self) -> bool:
         """Whether the run ends here although the Trainer does not know."""
