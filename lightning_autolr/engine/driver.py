@@ -18,10 +18,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
+from lightning_autolr.core.losses import first_not_finite, sudden
 from lightning_autolr.core.requests import (
     Answer,
     LineProbe,
     Probe,
+    ProbeResult,
     Request,
     Run,
     Status,
@@ -201,6 +203,7 @@ class SearchCallback(Callback):
         self._kept_at: dict[str, int] = {}
         self._best_at: dict[str, dict[str, float]] = {}
         self._ends_at: int | None = None
+        self._has_warned = False
         self._batches, self._first_global_step = 0, trainer.global_step
         self._warm = not strategy_is_distributed()
         self._first_step = steps_made(trainer) if state is None else state.get("first_step", 0)
@@ -260,6 +263,8 @@ class SearchCallback(Callback):
             trainer.should_stop = True
         if active.is_due or (active.is_guarded and compat.validates_after(trainer, batch_idx)):
             status = active.read(trainer.strategy, judge=active.is_guarded)
+            if status is Status.DIVERGED and (bad := first_not_finite(active.losses)) is not None:
+                self._warn_not_finite(f"in step {self._trained() - active.steps_done + bad + 1}")
             if active.is_finished or status is Status.DIVERGED:
                 self._finish(status)
             if status is Status.DIVERGED and not ends:
@@ -454,6 +459,8 @@ class SearchCallback(Callback):
             self._prober.note(request)
             return request, known, step, 0.0, fingerprint
         answer = self._prober.answer(request, f"state-{len(self._record.trace)}")
+        if isinstance(answer, ProbeResult) and (bad := sudden(answer.losses)) is not None:
+            self._warn_not_finite(f"in step {bad + 1} of a candidate at learning rate {request.lr:.3g}")
         return request, answer, step, time.perf_counter() - begun, fingerprint
 
     def _begin(self, train: Train) -> None:
@@ -570,6 +577,16 @@ class SearchCallback(Callback):
                 scalars["autolr/search_steps"] = float(cost.steps + cost.steps_undone)
             for logger in trainer.loggers:
                 logger.log_metrics(scalars, step=step)
+
+    def _warn_not_finite(self, where: str) -> None:
+        """Once per run: not every loss that is NaN is the learning rate's fault."""
+        if not self._has_warned:
+            rank_zero_warn(
+                f"{type(self).__name__}: a training loss was not finite, {where}. That counts as a divergence: the learning "
+                "rate is blamed for it. Where the module survives such losses by itself, let it return a finite one, or None "
+                "to skip the batch; `ratchet=False` takes nothing back in the real training."
+            )
+        self._has_warned = True
 
     def _say_account(self) -> None:
         """Print what the run took, and what it found."""
