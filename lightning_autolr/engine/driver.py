@@ -209,6 +209,8 @@ class SearchCallback(Callback):
         self._first_step = steps_made(trainer) if state is None else state.get("first_step", 0)
         leftover: list[Entry] = []
         self._conversation = Conversation(trainer.strategy, self._record, self._cost, leftover)
+        self._planned: int | None = None if state is None else state.get("total_steps")
+        self._total: int | None = self._planned
         self._trainer = trainer
         random_state = None
         if state is not None:
@@ -373,6 +375,7 @@ class SearchCallback(Callback):
             "best_at": {state: dict(best) for state, best in self._best_at.items()},
             "ends_at": self._ends_at,
             "first_step": self._first_step,
+            "total_steps": self._total,
             "kept": dump_kept(self._trainer, self._prober),
             "lr": self._lr.state_dict(),
             "is_linear": self._prober.is_linear,
@@ -423,7 +426,7 @@ class SearchCallback(Callback):
             if plan := search.describe(run):
                 rank_zero_info(f"{type(self).__name__}: {plan}")
             active = None if self._active is None else self._active.train
-            train = self._conversation.begin(search, run, active, may_change=not self.searches)
+            train = self._conversation.begin(search, run, active, not self.searches, self._planned)
             if self._active is not None and train is not None and train != active:
                 rank_zero_info(f"{type(self).__name__}: the schedule is stretched over the new length of the run.")
                 self._active.train = train
