@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_autolr.engine import compat
 from lightning_autolr.engine.checks import record_folder
 from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.engine.grad_norms import GradNorms, Norm
@@ -66,6 +67,11 @@ class GradNormCallback(Callback):
             with open(path, "w") as file:
                 json.dump({"norm": self.norm, "clipped": self.clipped, "norms": [repr(x) for x in self.norms]}, file)
             rank_zero_info(f"GradNormCallback: {len(self.norms)} {self.norm} norms in {path}.")
+
+    @override
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        for name in ("_meter", *compat.LENT):  # they hold the Trainer
+            vars(self).pop(name, None)
 
     @override
     def state_dict(self) -> dict[str, Any]:

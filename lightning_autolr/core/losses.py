@@ -11,7 +11,7 @@ from scipy.stats import sem
 
 from lightning_autolr.core.requests import ProbeResult
 
-__all__ = ["divergence_limit", "paired"]
+__all__ = ["divergence_limit", "first_not_finite", "paired", "sudden"]
 
 _FEW = 20  # first losses of a training, among which the highest is looked for
 
@@ -26,6 +26,29 @@ def divergence_limit(losses: Sequence[float]) -> float | None:
         return None
     first = losses[0]
     return first + 3 * abs(first) + 3 * (max(losses[:_FEW]) - min(losses))
+
+
+def first_not_finite(losses: Sequence[float]) -> int | None:
+    """Where the first loss stands that is NaN or infinite; None when all are finite.
+
+    >>> first_not_finite([2.0, math.nan, math.inf])
+    1
+    """
+    return next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+
+
+def sudden(losses: Sequence[float]) -> int | None:
+    """Where a loss is not finite that no growth has led to, so that the learning rate is hardly to blame; None elsewhere.
+
+    The first loss comes before any update. One that is lost to the very first update says nothing.
+
+    >>> [sudden(x) for x in ([math.nan], [2.0, math.nan], [2.0, 9.0, math.inf], [2.0, 1.9, math.nan])]
+    [0, None, None, 2]
+    """
+    bad = first_not_finite(losses)
+    if bad is None or bad == 1:
+        return None
+    return bad if bad == 0 or max(losses[1:bad]) <= losses[0] + abs(losses[0]) / 2 else None
 
 
 def paired(before: ProbeResult, after: ProbeResult) -> tuple[float, float]:

@@ -14,7 +14,15 @@ from lightning_autolr.core.requests import Run
 from lightning_autolr.engine import compat
 from lightning_autolr.engine.steps import steps_per_batch
 
-__all__ = ["TESTED_STRATEGIES", "check_choice", "check_trainer", "facts_of", "record_folder", "steps_made"]
+__all__ = [
+    "TESTED_STRATEGIES",
+    "check_choice",
+    "check_trainer",
+    "facts_of",
+    "other_count",
+    "record_folder",
+    "steps_made",
+]
 
 TESTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
 
@@ -88,6 +96,35 @@ def _adds_epoch(trainer: Any) -> bool:
     """Whether there is an epoch more, without a backward, in which averaged weights get their batch statistics."""
     averaging = [c for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging)]
     return any(c.pl_module_contains_batch_norm(trainer.lightning_module) for c in averaging)
+
+
+def other_count(trainer: Any, batches: int, steps: int) -> str:
+    """What to say when ``max_steps`` will not end a manually optimized run where it was planned to end; empty if it will.
+
+    What an optimizer does in a batch is known to the module only: it may accumulate, or train one optimizer more often.
+
+    Args:
+        trainer: the Trainer.
+        batches: the batches of this fit until now.
+        steps: by how much ``trainer.global_step`` grew in them.
+    """
+    per_batch = _counts_per_step(trainer)
+    if steps == batches * per_batch:
+        return ""
+    endless = trainer.max_epochs in (None, -1)
+    epochs = math.inf if endless else float(trainer.num_training_batches * trainer.max_epochs)
+    max_steps = trainer.max_steps
+    planned = min(epochs, math.ceil(max_steps / per_batch))
+    found = min(epochs, math.ceil(max_steps * batches / steps) if steps else math.inf)
+    if found == planned:
+        return ""
+    known = "later" if found == math.inf else f"after about {found:,.0f}"
+    return (
+        f"plans for {planned:,.0f} batches, out of {max_steps=} under manual optimization: expected each optimizer to step "
+        f"once per batch, {batches * per_batch} steps in the first {batches} batches, got {steps}. The run will end {known}, "
+        "and its learning rate was not planned for that. Pass `total_steps=`, the batches from the start to the end of the "
+        "run, or end it by `max_epochs` alone."
+    )
 
 
 def facts_of(trainer: Any, lr: float, total_steps: int | Literal["auto"], count_search: bool, first_step: int) -> Run:

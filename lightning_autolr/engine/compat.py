@@ -7,6 +7,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, _foreach_add_, _foreach_copy_, _foreach_neg_, _foreach_norm, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,11 +15,13 @@ from torch.utils.data import DataLoader
 
 __all__ = [
     "CACHED_LRS",
+    "LENT",
     "OWNERS",
     "BatchNorm",
     "clone_combined",
     "clone_loader",
     "combined_loader",
+    "float_of_sums",
     "foreach_add_",
     "foreach_copy_",
     "foreach_neg_",
@@ -43,7 +46,13 @@ BatchNorm = _BatchNorm  # of any number of dimensions, and the synchronized one
 foreach_add_, foreach_copy_, foreach_neg_, foreach_norm = _foreach_add_, _foreach_copy_, _foreach_neg_, _foreach_norm
 
 CACHED_LRS = ("base_lrs", "max_lrs", "_last_lr")  # lists of learning rates that a scheduler may hold
+LENT = ("log", "log_dict")  # methods of the module that Lightning hangs on each callback, anew for each run
 OWNERS = frozenset({"_trainer", "_fabric"})  # attributes by which a module knows who runs it
+
+
+def float_of_sums(device: torch.device) -> torch.dtype:
+    """What to add up in on a device: Apple's MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def logger_step(trainer: Any) -> int:

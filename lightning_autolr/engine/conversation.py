@@ -11,9 +11,14 @@ from lightning_autolr.engine.probe import Cost
 from lightning_autolr.engine.ranks import decide
 from lightning_autolr.engine.state import RandomState
 from lightning_autolr.report.trace import Entry, Record
-from lightning_autolr.search.base import AbstractSearch, ReplayError, replay
+from lightning_autolr.search.base import AbstractSearch, ReplayError, difference, replay
 
 __all__ = ["Conversation"]
+
+_WITHOUT_STATE = (
+    "To go on without the callback's state, take its entry out of `checkpoint['callbacks']` and save the file again: the steps "
+    "left are then searched and planned anew."
+)
 
 
 class Conversation:
@@ -31,7 +36,9 @@ class Conversation:
         self._requests: Requests | None = None
         self._request: Request | None = None
 
-    def begin(self, search: AbstractSearch, run: Run, active: Train | None, may_change: bool) -> Train | None:
+    def begin(
+        self, search: AbstractSearch, run: Run, active: Train | None, may_change: bool, planned: int | None = None
+    ) -> Train | None:
         """Start the search (on rank 0), or bring it to where the record ends.
 
         Args:
@@ -39,6 +46,7 @@ class Conversation:
             run: what it may know.
             active: the training under way in a resumed run.
             may_change: the search may ask for something else than ``active``: a schedule over another length of run.
+            planned: steps for which a resumed run was planned when it began; None when nobody knows.
 
         Returns:
             The training to go on with; ``active``, if there is one and it did not change.
@@ -47,14 +55,17 @@ class Conversation:
             ReplayError: the search asks for something else than what stands in the record.
         """
         self._requests = search.requests(run)
-        self._request = replay(self._requests, [(e.request, e.answer) for e in self._record.trace])
-        if active is None or self._request == active:
-            return active
-        if not may_change or self._record.trace or not isinstance(self._request, Train):
-            raise ReplayError(
-                f"Expected the resumed search to go on with {active}, got {self._request}. Resume with the same options and "
-                "length of training, or start without the callback's state."
-            )
+        try:
+            self._request = replay(self._requests, [(e.request, e.answer) for e in self._record.trace])
+            if active is None or self._request == active:
+                return active
+            if not may_change or self._record.trace or not isinstance(self._request, Train):
+                raise ReplayError(
+                    f"Expected the resumed search to go on with the training under way, got "
+                    f"{difference(active, self._request)}. Resume with the same options and length of run."
+                )
+        except ReplayError as error:
+            raise ReplayError(f"{_other_length(planned, run.total_steps)}{error} {_WITHOUT_STATE}") from None
         return self._request
 
     def next(self) -> Request | None:
@@ -94,3 +105,12 @@ class Conversation:
                     self._cost.eval_batches += sum(len(evaluation.losses) for evaluation in entry.answer.evaluations)
                 return entry.answer
         return None
+
+
+def _other_length(planned: int | None, now: int | None) -> str:
+    if planned is None or planned == now:
+        return ""
+    return (
+        f"The search planned for {planned:,} steps when it began, and the run is now of "
+        f"{'unknown length' if now is None else f'{now:,}'}: a search keeps to the length that it began with. "
+    )

@@ -11,16 +11,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
+from lightning_autolr.core.losses import first_not_finite, sudden
 from lightning_autolr.core.requests import (
     Answer,
     LineProbe,
     Probe,
+    ProbeResult,
     Request,
     Run,
     Status,
@@ -29,13 +32,13 @@ from lightning_autolr.core.requests import (
     decode,
 )
 from lightning_autolr.engine import compat
-from lightning_autolr.engine.checks import check_choice, check_trainer, facts_of, record_folder, steps_made
+from lightning_autolr.engine.checks import check_choice, check_trainer, facts_of, other_count, record_folder, steps_made
 from lightning_autolr.engine.conversation import Conversation
 from lightning_autolr.engine.figure_log import FigureLog, log_account, options_of
 from lightning_autolr.engine.files import Place
 from lightning_autolr.engine.kept import dump_kept, load_kept
 from lightning_autolr.engine.lr import LearningRate, OnScheduler
-from lightning_autolr.engine.probe import ProbeOptions, Prober
+from lightning_autolr.engine.probe import Cost, ProbeOptions, Prober
 from lightning_autolr.engine.progress import Progress
 from lightning_autolr.engine.ranks import decide, gather, strategy_is_distributed
 from lightning_autolr.engine.segment import ActiveSegment
@@ -47,6 +50,8 @@ from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.ratchet import Guarded, Ratchet
 
 __all__ = ["SearchCallback"]
+
+_COUNTED_FOR = 20  # batches of manual optimization, after which optimizer steps are compared with what was planned
 
 
 class SearchCallback(Callback):
@@ -133,6 +138,8 @@ class SearchCallback(Callback):
         self._loaded: dict[str, Any] | None = None
         self._final: dict[str, Any] | None = None
         self._trainer: Any = None
+        self._record, self._cost = Record(None), Cost()
+        self._active: ActiveSegment | None = None
 
     def make_search(self, run: Run) -> AbstractSearch:
         """The search to run; called once at the start of training. To be overridden where it depends on the run."""
@@ -190,19 +197,28 @@ class SearchCallback(Callback):
         self._lr = LearningRate(trainer.optimizers, multiply, state["lr"] if state else None, schedulers)
         self._progress = Progress(trainer)
         self._prober = Prober(trainer, self._lr, self.probe_options, self._show)
+        self._cost = self._prober.cost
         folder = record_folder(trainer)
         self._record = Record(folder if trainer.is_global_zero else None)
         draws = self.figures and trainer.is_global_zero
         self._figures = FigureLog(trainer.loggers, folder) if draws and folder is not None else None
-        self._active: ActiveSegment | None = None
+        self._active = None
         self._kept_at: dict[str, int] = {}
         self._best_at: dict[str, dict[str, float]] = {}
         self._ends_at: int | None = None
+        self._has_warned = False
+        self._batches, self._first_global_step = 0, trainer.global_step
         self._warm = not strategy_is_distributed()
         self._first_step = steps_made(trainer) if state is None else state.get("first_step", 0)
+        leftover: list[Entry] = []
+        self._conversation = Conversation(trainer.strategy, self._record, self._cost, leftover)
+        self._planned: int | None = None if state is None else state.get("total_steps")
+        self._total: int | None = self._planned
         self._trainer = trainer
-        random_state, leftover = (None, []) if state is None else self._resume(state)
-        self._conversation = Conversation(trainer.strategy, self._record, self._prober.cost, leftover)
+        random_state = None
+        if state is not None:
+            random_state, found = self._resume(state)
+            leftover += found
         # Saved ones are put back now, not at the first batch: loading it, or a validation before it, draws numbers again.
         random_state = random_state or RandomState(trainer.strategy.root_device)
         self._start_search()
@@ -245,11 +261,15 @@ class SearchCallback(Callback):
             active.add_loss(loss.detach().float().mean() * (trainer.accumulate_grad_batches if automatic else 1))
         if automatic and trainer.global_step == self._step_before:
             return
+        if not automatic:
+            self._compare_counts()
         active.end_step()
         if ends := self._is_at_end():
             trainer.should_stop = True
         if active.is_due or (active.is_guarded and compat.validates_after(trainer, batch_idx)):
             status = active.read(trainer.strategy, judge=active.is_guarded)
+            if status is Status.DIVERGED and (bad := first_not_finite(active.losses)) is not None:
+                self._warn_not_finite(f"in step {self._trained() - active.steps_done + bad + 1}")
             if active.is_finished or status is Status.DIVERGED:
                 self._finish(status)
             if status is Status.DIVERGED and not ends:
@@ -271,21 +291,41 @@ class SearchCallback(Callback):
 
     @override
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        if self._trainer is not None and self._active is not None and self._active.steps_done:
+        if self._trainer is None:
+            return
+        if self._active is not None and self._active.steps_done:
             self._record.write_schedule(self._active.to_segment())
+        self._lr.close()
+        # `teardown` is not called. With several ranks the state cannot be asked for: the others may not be here.
+        if not strategy_is_distributed():
+            try:
+                self._final = self.state_dict()  # for a checkpoint that somebody saves from here on
+            except Exception as error:
+                rank_zero_warn(f"{type(self).__name__} has no state for a checkpoint saved from here on: {error!r}.")
+            self._let_go()
 
     @override
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self._trainer is not None:
-            self._lr.close()
-            self._prober.close()
-            self._trainer = None
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Free the copies and the optimizers' hooks, and keep nothing of the Trainer's: only options, the account and
+        the state for checkpoints, which may hold kept weights, on the CPU."""
+        self._lr.close()
+        self._prober.close()
+        if self._final is not None:
+            self._final = move_data_to_device(self._final, "cpu")
+        self._trainer = self._active = None
+        del self._lr, self._prober, self._progress, self._figures, self._conversation
+        for name in compat.LENT:
+            vars(self).pop(name, None)
 
     # -- what the user may ask --------------------------------------------------------------------------------------
 
     @property
     def trace(self) -> list[Entry]:
-        """All answered requests so far."""
+        """All answered requests so far; like the next two, empty before the first ``fit``."""
         return list(self._record.trace)
 
     @property
@@ -296,7 +336,7 @@ class SearchCallback(Callback):
     @property
     def summary(self) -> dict[str, Any]:
         """Schedule steps, search steps, seconds in search, chosen learning rates."""
-        return summary_of(self._record.segments, self._prober.cost)
+        return summary_of(self._record.segments, self._cost)
 
     def finish_in(self, num_steps: int) -> None:
         """End the run after ``num_steps`` more optimizer steps; a search that holds for want of an end anneals over them.
@@ -338,10 +378,11 @@ class SearchCallback(Callback):
             "best_at": {state: dict(best) for state, best in self._best_at.items()},
             "ends_at": self._ends_at,
             "first_step": self._first_step,
+            "total_steps": self._total,
             "kept": dump_kept(self._trainer, self._prober),
             "lr": self._lr.state_dict(),
             "is_linear": self._prober.is_linear,
-            "cost": vars(self._prober.cost).copy(),
+            "cost": vars(self._cost).copy(),
             "random_states": gather(RandomState(device).state_dict()),
             "folder": self._record.folder or "",
         }
@@ -358,7 +399,7 @@ class SearchCallback(Callback):
         if state["active"] is not None:
             self._active = ActiveSegment.from_state_dict(state["active"])
         self._kept_at, self._best_at, self._ends_at = dict(state["kept_at"]), state["best_at"], state["ends_at"]
-        vars(self._prober.cost).update(state["cost"])
+        vars(self._cost).update(state["cost"])
         self._prober.is_linear = state["is_linear"]
         load_kept(trainer, self._prober, state["kept"])
         for entry in self._record.trace:
@@ -388,7 +429,7 @@ class SearchCallback(Callback):
             if plan := search.describe(run):
                 rank_zero_info(f"{type(self).__name__}: {plan}")
             active = None if self._active is None else self._active.train
-            train = self._conversation.begin(search, run, active, may_change=not self.searches)
+            train = self._conversation.begin(search, run, active, not self.searches, self._planned)
             if self._active is not None and train is not None and train != active:
                 rank_zero_info(f"{type(self).__name__}: the schedule is stretched over the new length of the run.")
                 self._active.train = train
@@ -409,7 +450,7 @@ class SearchCallback(Callback):
                         if self._prober.is_interrupted:
                             break  # a signal is delivered between two probes, with the real state in place
             self._progress.clear()
-            self._prober.cost.seconds += time.perf_counter() - begun
+            self._cost.seconds += time.perf_counter() - begun
             if self._figures is not None:
                 step = compat.logger_step(trainer)
                 self._figures.after_search(self._record.trace, self._record.segments, request, step)
@@ -424,6 +465,8 @@ class SearchCallback(Callback):
             self._prober.note(request)
             return request, known, step, 0.0, fingerprint
         answer = self._prober.answer(request, f"state-{len(self._record.trace)}")
+        if isinstance(answer, ProbeResult) and (bad := sudden(answer.losses)) is not None:
+            self._warn_not_finite(f"in step {bad + 1} of a candidate at learning rate {request.lr:.3g}")
         return request, answer, step, time.perf_counter() - begun, fingerprint
 
     def _begin(self, train: Train) -> None:
@@ -456,7 +499,7 @@ class SearchCallback(Callback):
             )
         self._prober.resume_from(state)
         if state in self._kept_at:
-            self._prober.cost.steps_undone += self._record.undo_since(self._kept_at[state])
+            self._cost.steps_undone += self._record.undo_since(self._kept_at[state])
 
     def _trained(self) -> int:
         """Real steps so far, undone ones too."""
@@ -478,13 +521,22 @@ class SearchCallback(Callback):
         seconds = (c.time_remaining() for c in self._trainer.callbacks if isinstance(c, Timer))
         return min((s for s in seconds if s is not None), default=None)
 
+    def _compare_counts(self) -> None:
+        """After some batches: does a manually optimized run make the steps that it was planned for?"""
+        trainer = self._trainer
+        self._batches += 1
+        if self._batches == _COUNTED_FOR and self.total_steps == "auto" and trainer.max_steps != -1:
+            said = other_count(trainer, self._batches, trainer.global_step - self._first_global_step)
+            if said:
+                rank_zero_warn(f"{type(self).__name__} {said}")
+
     def _is_at_end(self) -> bool:
         """Whether the run ends here although the Trainer does not know."""
         if self._ends_at is not None and self._trained() >= self._ends_at:
             return True
         if not self.count_search or self._total is None:
             return False
-        return self._trained() + self._prober.cost.steps >= self._total
+        return self._trained() + self._cost.steps >= self._total
 
     def _finish(self, status: Status) -> None:
         """Write the training under way down, and tell the search what came of it."""
@@ -503,7 +555,7 @@ class SearchCallback(Callback):
         """
         with self._prober.session():
             self._prober.answer(Probe(lr=self._lr.reference, num_steps=1, evaluate="none", label="warm-up"), "warm-up")
-        self._prober.cost.steps -= 1
+        self._cost.steps -= 1
         self._warm = True
 
     def _last_lr(self) -> float:
@@ -522,15 +574,25 @@ class SearchCallback(Callback):
 
     def _log(self, begins: bool) -> None:
         trainer = self._trainer
-        step = compat.logger_step(trainer)
-        if begins or (step + 1) % trainer.log_every_n_steps == 0:
+        step, every = compat.logger_step(trainer), trainer.log_every_n_steps
+        if every and (begins or (step + 1) % every == 0):  # 0, as with `barebones`: never
             assert self._active is not None
-            cost = self._prober.cost
+            cost = self._cost
             scalars = {"autolr/lr": self._lr.value, "autolr/stage": float(self._active.train.stage)}
             if self.searches:
                 scalars["autolr/search_steps"] = float(cost.steps + cost.steps_undone)
             for logger in trainer.loggers:
                 logger.log_metrics(scalars, step=step)
+
+    def _warn_not_finite(self, where: str) -> None:
+        """Once per run: not every loss that is NaN is the learning rate's fault."""
+        if not self._has_warned:
+            rank_zero_warn(
+                f"{type(self).__name__}: a training loss was not finite, {where}. That counts as a divergence: the learning "
+                "rate is blamed for it. Where the module survives such losses by itself, let it return a finite one, or None "
+                "to skip the batch; `ratchet=False` takes nothing back in the real training."
+            )
+        self._has_warned = True
 
     def _say_account(self) -> None:
         """Print what the run took, and what it found."""

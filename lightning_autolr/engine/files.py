@@ -129,7 +129,8 @@ def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
             group[0].append(target)
             group[1].append(source)
     for (to, from_, _), (into, out_of) in groups.items():
-        foreach_copy_(into, out_of, non_blocking=to != from_)
+        # Only for CUDA is there somebody who waits, below.
+        foreach_copy_(into, out_of, non_blocking=to != from_ and "cuda" in (to.type, from_.type))
     for to, from_, _ in groups:
         if to != from_ and "cuda" in (to.type, from_.type):
             torch.cuda.synchronize(to if to.type == "cuda" else from_)

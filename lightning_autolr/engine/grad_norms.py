@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_autolr.engine.compat import foreach_norm, local_tensor
+from lightning_autolr.engine.compat import float_of_sums, foreach_norm, local_tensor
 
 __all__ = ["GradNorms", "Norm"]
 
@@ -66,5 +66,5 @@ class GradNorms:
 
     @staticmethod
     def _powered(grads: list[Tensor], order: int) -> Tensor:
-        norms = [n.double() for n in foreach_norm(grads, order)]
+        norms = [n.to(float_of_sums(n.device)) for n in foreach_norm(grads, order)]
         return torch.stack([n.to(norms[0].device) for n in norms]).pow(order).sum()

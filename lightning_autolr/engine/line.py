@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_autolr.core.requests import LineProbe, LineResult, Probe
-from lightning_autolr.engine.compat import foreach_add_, foreach_neg_, local_tensor
+from lightning_autolr.engine.compat import float_of_sums, foreach_add_, foreach_neg_, local_tensor
 from lightning_autolr.engine.ranks import gather, mean_over_ranks
 from lightning_autolr.engine.steps import steps_per_batch
 
@@ -124,4 +124,4 @@ def _weights(prober: Prober) -> list[Tensor]:
 
 
 def _squares(tensors: Iterable[Tensor]) -> float:
-    return sum(float(t.double().square().sum()) for t in tensors)
+    return sum(float(t.to(float_of_sums(t.device)).square().sum()) for t in tensors)

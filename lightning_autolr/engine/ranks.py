@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_autolr.engine.compat import float_of_sums
+
 __all__ = ["decide", "gather", "mean_over_ranks"]
 
 T = TypeVar("T")
@@ -17,7 +19,8 @@ def mean_over_ranks(strategy: Any, losses: Sequence[Tensor]) -> list[float]:
     """Means of 0-dim tensors over ranks, as floats: one collective and one transfer. NaN on one rank is NaN on all."""
     if not losses:
         return []
-    stacked = torch.stack([loss.detach().to(strategy.root_device, torch.float64) for loss in losses])
+    device = strategy.root_device
+    stacked = torch.stack([loss.detach().to(device, float_of_sums(device)) for loss in losses])
     return [float(x) for x in strategy.reduce(stacked, reduce_op="mean").cpu()]
 
 

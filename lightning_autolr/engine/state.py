@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_autolr.engine.compat import OWNERS, is_view, local_tensor, reshard
+from lightning_autolr.engine.compat import OWNERS, float_of_sums, is_view, local_tensor, reshard
 from lightning_autolr.engine.files import Store
 
 __all__ = ["Fork", "RandomState", "take_gradients"]
@@ -81,11 +81,12 @@ class Fork:
     @torch.no_grad()
     def fingerprint(self) -> str:
         """A short text that is equal for equal trainable weights; one reduction on the device."""
-        sums = [_storage_view(t).double().sum() for t in self._tensors if isinstance(t, nn.Parameter)]
+        views = [_storage_view(t) for t in self._tensors if isinstance(t, nn.Parameter)]
+        sums = [view.to(float_of_sums(view.device)).sum() for view in views]
         if not sums:
             return ""
         total = torch.stack([s.to(sums[0].device) for s in sums])
-        weights = torch.arange(1, len(sums) + 1, dtype=torch.float64, device=total.device)
+        weights = torch.arange(1, len(sums) + 1, dtype=total.dtype, device=total.device)
         return float((total * weights).sum()).hex()
 
 
@@ -219,14 +220,14 @@ class RandomState:
         self._python = random.getstate()
         self._numpy: Any = np.random.get_state()
         self._torch = torch.get_rng_state()
-        self._accelerator = _module_of(device).get_rng_state(device) if _module_of(device) else None
+        self._accelerator = _module_of(device).get_rng_state(*_one_of(device)) if _module_of(device) else None
 
     def restore(self) -> None:
         random.setstate(self._python)
         np.random.set_state(self._numpy)
         torch.set_rng_state(self._torch)
         if self._accelerator is not None:
-            _module_of(self._device).set_rng_state(self._accelerator, self._device)
+            _module_of(self._device).set_rng_state(self._accelerator, *_one_of(self._device))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors, so that ``torch.load(weights_only=True)`` reads them."""
@@ -262,6 +263,11 @@ def _module_of(device: torch.device) -> Any:
     """``torch.cuda`` and its like, or None on the CPU and on devices without generators."""
     module = getattr(torch, device.type, None)
     return module if device.type != "cpu" and hasattr(module, "get_rng_state") else None
+
+
+def _one_of(device: torch.device) -> tuple[torch.device, ...]:
+    """Which of several devices; of Apple's there is one, and its functions do not take it."""
+    return () if device.type == "mps" else (device,)
 
 
 def take_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[tuple[nn.Parameter, Tensor]]:

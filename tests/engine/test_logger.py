@@ -85,6 +85,12 @@ def test_logging_interval_is_kept_but_the_first_step_of_a_stage_is_always_there(
     assert list(logger.values("autolr/lr")) == [0, 3, 4, 6, 9]
 
 
+def test_an_interval_of_zero_logs_nothing(tmp_path: Path) -> None:
+    logger = Strict()
+    fit_tiny(tmp_path, [Search(Stages())], logger=logger, log_every_n_steps=0)
+    assert logger.values("autolr/lr") == {}
+
+
 def test_weights_do_not_depend_on_the_logger(tmp_path: Path) -> None:
     outcomes = []
     for logger in (False, Strict()):

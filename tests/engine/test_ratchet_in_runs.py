@@ -113,6 +113,7 @@ def test_reads_a_loss_that_is_only_logged(tmp_path: Path) -> None:
     assert any(request.reason.startswith("The loss blew up") for request, _ in trains[False])
 
 
+@pytest.mark.filterwarnings("ignore:.*a training loss was not finite:UserWarning")
 @pytest.mark.parametrize("at", [97, 98, 101])
 def test_no_validation_meets_weights_known_to_be_broken(tmp_path: Path, at: int) -> None:
     stopper = EarlyStopping("val_loss", patience=1000)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
+from lightning_autolr.callbacks.autolrs import AutoLRSCallback
 from lightning_autolr.callbacks.schedule import ScheduleCallback
 from lightning_autolr.core.requests import Probe, ProbeResult, Requests, Run, Train
 from lightning_autolr.report.trace import read_trace
@@ -227,6 +228,25 @@ def test_changed_options_are_refused(tmp_path: Path) -> None:
     run(tmp_path / "b", Search(Plan(undo=False)), kill_step=7)
     with pytest.raises(ReplayError, match="Expected the resumed search to go on with"):
         resume(tmp_path / "b", Search(Plan()))
+
+
+def test_another_length_is_named_and_can_be_gone_on_with(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"figures": False, "ratchet": False}
+    run(tmp_path, AutoLRSCallback(**options), max_steps=40)
+    said = (
+        r"planned for 40 steps when it began, and the run is now of 80: .* Expected request \d+ of the resumed search to be "
+        r"the recorded one, got .*=\S+ \(recorded: .* without the callback's state"
+    )
+    with pytest.raises(ReplayError, match=said) as caught:
+        resume(tmp_path, AutoLRSCallback(**options), max_steps=80)
+    assert len(str(caught.value)) < 1000
+    path = tmp_path / "ckpt" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["callbacks"]["AutoLRSCallback"]
+    torch.save(checkpoint, path)
+    callback = AutoLRSCallback(**options)
+    resume(tmp_path, callback, max_steps=80)
+    assert callback.summary["schedule_steps"] == 40
 
 
 def test_open_schedule_is_stretched_over_a_longer_run(tmp_path: Path) -> None:

@@ -125,6 +125,75 @@ def test_says_that_an_earlier_end_is_not_annealed(tmp_path: Path) -> None:
     assert sum(s.num_steps for s in callback.schedule) == 25
 
 
+class Manual(Tiny):
+    """Steps in every n-th batch, its second optimizer (if it has two) in every m-th."""
+
+    def __init__(self, *every: int) -> None:
+        super().__init__()
+        self.every = every
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = self.loss(batch)
+        self.manual_backward(loss)
+        self.count = getattr(self, "count", 0) + 1
+        optimizers = self.optimizers() if len(self.every) > 1 else [self.optimizers()]
+        for every, optimizer in zip(self.every, optimizers, strict=True):
+            if self.count % every == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.05) for part in (self.layer, self.norm)][: len(self.every)]
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (
+            Manual(4),
+            r"plans for 10 batches, .* 20 steps in the first 20 batches, got 5. The run will end after about 40",
+        ),
+        (Manual(1, 5), "40 steps in the first 20 batches, got 24"),
+        (Manual(50), "got 0. The run will end later"),
+    ],
+)
+def test_says_that_optimizers_step_otherwise_than_planned(module: Manual, message: str, tmp_path: Path) -> None:
+    limit = {1: 10, 2: 60}[len(module.every)]
+    with pytest.warns(UserWarning, match=message):
+        fit_tiny(tmp_path, [Told(), StopAt(30)], module, max_steps=limit, max_epochs=-1)
+
+
+@pytest.mark.parametrize(
+    ("every", "told", "options"),
+    [
+        ((1,), {}, {"max_steps": 25, "max_epochs": -1}),
+        ((1, 1), {}, {"max_steps": 51, "max_epochs": -1}),
+        ((4,), {"total_steps": 24}, {"max_steps": 6, "max_epochs": -1}),
+        ((4,), {}, {"max_steps": -1, "max_epochs": 6}),
+        ((4,), {}, {"max_steps": 100, "max_epochs": 6}),
+    ],
+)
+def test_says_nothing_where_the_plan_is_right(
+    every: tuple[int, ...], told: dict[str, Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    seen = Lrs()
+    fit_tiny(tmp_path, [Told(**told), seen], Manual(*every), **options)  # a warning would be an error
+    assert len(seen.lrs) >= 24
+
+
+class StopAt(Callback):
+    """Ends the run after so many batches."""
+
+    def __init__(self, batches: int) -> None:
+        self.left = batches
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        self.left -= 1
+        trainer.should_stop = trainer.should_stop or self.left <= 0
+
+
 def _fit_from(folder: Path, path: Path, callbacks: list[Callback], **options: Any) -> tuple[Any, Any]:
     seed_everything(1, verbose=False)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}

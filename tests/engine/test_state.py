@@ -16,6 +16,9 @@ from hypothesis import strategies as st
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor, nn
 
+from lightning_autolr.engine import line, ranks
+from lightning_autolr.engine import state as state_module
+from lightning_autolr.engine.compat import float_of_sums
 from lightning_autolr.engine.files import DiskStore, MemoryStore, make_store
 from lightning_autolr.engine.state import Fork, RandomState, take_gradients
 
@@ -366,3 +369,37 @@ def test_disk_leaves_nothing_behind(tmp_path: Any) -> None:
     store.clear()
     assert list(tmp_path.iterdir()) == []
     assert isinstance(make_store("disk", TorchCheckpointIO()), DiskStore)
+
+
+def test_what_mps_lacks_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no float64, and its functions for random states take no device. There is none here to try it on."""
+    assert float_of_sums(torch.device("cpu")) is torch.float64
+    assert float_of_sums(torch.device("mps")) is torch.float32
+    states = [torch.tensor([1])]
+    fake = SimpleNamespace(get_rng_state=lambda: states[-1], set_rng_state=states.append)
+    monkeypatch.setattr(torch, "mps", fake)
+    RandomState(torch.device("mps")).restore()
+    assert states == [torch.tensor([1])] * 2
+
+
+@pytest.mark.parametrize("name", ["losses", "fingerprint", "squares"])
+def test_sums_are_made_in_what_the_device_has(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+
+    def float_of(device: torch.device) -> torch.dtype:
+        asked.append(device)
+        return torch.float32
+
+    module = {"losses": ranks, "fingerprint": state_module, "squares": line}[name]
+    monkeypatch.setattr(module, "float_of_sums", float_of)
+    layer = nn.Linear(3, 2)
+    if name == "losses":
+        strategy = SimpleNamespace(root_device=torch.device("cpu"), reduce=lambda t, reduce_op: t)
+        assert ranks.mean_over_ranks(strategy, [torch.tensor(0.5)]) == [0.5]
+    elif name == "fingerprint":
+        fork = Fork([layer], MemoryStore())
+        fork.capture()
+        assert fork.fingerprint()
+    else:
+        assert line._squares([torch.ones(3)]) == 3.0
+    assert asked
