@@ -124,6 +124,7 @@ CONTROLS: dict[str, tuple[Options, Callable[[Patch], None]]] = {
 
 @pytest.mark.filterwarnings("ignore:.* overrides the learning rates of:UserWarning")
 @pytest.mark.filterwarnings("ignore:.* undoes a stage in which:UserWarning")
+@pytest.mark.filterwarnings("ignore:.* a training loss was not finite:UserWarning")
 @pytest.mark.parametrize("name", CONTROLS)
 def test_comparison_notices_what_is_left_out(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options, leave_out = CONTROLS[name]
