@@ -150,7 +150,7 @@ class AutoLRS(AbstractSearch):
         """How a run of ``total_steps`` is used; None: nobody knows how long it is.
 
         >>> AutoLRS().plan(8000)
-        Plan(coarse_steps=16, probe_steps=68, max_probes=4)
+        Plan(coarse_steps=16, probe_steps=67, max_probes=4)
         """
         length = self._length(total_steps)
         shortest, longest = _COARSE_PROBE
