@@ -300,7 +300,7 @@ class SearchCallback(Callback):
         if not strategy_is_distributed():
             try:
                 self._final = self.state_dict()  # for a checkpoint that somebody saves from here on
-            except Exception as error:
+            except Exception as error:  # such as no memory for it: it must not hide what the user's run died of
                 rank_zero_warn(f"{type(self).__name__} has no state for a checkpoint saved from here on: {error!r}.")
             self._let_go()
 
