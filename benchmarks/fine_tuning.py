@@ -39,47 +39,41 @@ from lightning_autolr.tasks import (
     FashionMNISTData,
     MLPMixer,
 )
-from lightning_autolr.tasks.data import Splits, TensorData
+from lightning_autolr.tasks.data import InMemoryData, Splits, TensorData
 
 ADAM_GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 SGD_GRID = (1e-3, 1e-2, 3e-2, 0.1, 0.3)
 
 
-class Part(LightningDataModule):
-    """Some of the samples of another data module, changed.
-
-    Args:
-        data: the other one, already made.
-        change: from the tensors of a split to those of the new one; called with the split's name.
-    """
-
-    def __init__(self, data: Any, change: Callable[..., tuple[Tensor, ...]]) -> None:
-        super().__init__()
-        self.data, load = data, data.load
-
-        def changed() -> Splits:
-            splits = load()
-            parts = {name: getattr(splits, name) for name in ("train", "val", "test")}
-            return Splits(**{n: TensorData(*change(n, *p.tensors), transform=p.transform) for n, p in parts.items()})
-
-        data.load = changed
-        for name in ("setup", "train_dataloader", "val_dataloader", "test_dataloader"):
-            setattr(self, name, getattr(data, name))
+Change = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # from the tensors of a split to those of the new one
 
 
-def turned(split: str, images: Tensor, classes: Tensor) -> tuple[Tensor, ...]:
+class Part(InMemoryData):
+    """Some of the samples of other data, changed."""
+
+    def __init__(self, data: InMemoryData, change: Change) -> None:
+        super().__init__(data.batch_size, data.eval_batch_size)
+        self.data, self.change = data, change
+
+    def load(self) -> Splits:
+        splits = self.data.load()
+        parts = (splits.train, splits.val, splits.test)
+        return Splits(*(TensorData(*self.change(*p.tensors), transform=p.transform) for p in parts))
+
+
+def turned(images: Tensor, classes: Tensor) -> tuple[Tensor, ...]:
     return rotate(images, 30), classes
 
 
-def only(wanted: range) -> Callable[..., tuple[Tensor, ...]]:
-    def change(split: str, images: Tensor, classes: Tensor) -> tuple[Tensor, ...]:
+def only(wanted: range) -> Change:
+    def change(images: Tensor, classes: Tensor) -> tuple[Tensor, ...]:
         kept = (classes >= wanted.start) & (classes < wanted.stop)
         return images[kept], classes[kept] - wanted.start
 
     return change
 
 
-def enlarged(split: str, images: Tensor, classes: Tensor) -> tuple[Tensor, ...]:
+def enlarged(images: Tensor, classes: Tensor) -> tuple[Tensor, ...]:
     return interpolate(images, size=28, mode="bilinear"), classes
 
 

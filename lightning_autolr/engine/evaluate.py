@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def evaluate(trainer: Any, batches: Sequence[tuple[Any, int, int]], sink: LogSin
             values.append(torch.as_tensor(value, dtype=torch.float32, device=strategy.root_device).mean())
         elif monitor not in logged and (number == 0 or f"dataloader_idx_{number}" in monitor):
             loss = returned_loss(output)
-            if isinstance(loss, float) or (isinstance(loss, Tensor) and loss.numel() == 1):  # and not logits, say
+            if isinstance(loss, Real) or (isinstance(loss, Tensor) and loss.numel() == 1):  # and not logits, say
                 values.append(torch.as_tensor(loss, device=strategy.root_device).float().mean())
     sink.dataloader_idx = None
     module.on_validation_epoch_end()
