@@ -345,3 +345,15 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
         "probes_000.png",
         "schedule.png",
     ]
+
+
+def test_the_step_that_tells_whether_a_network_is_trained_is_counted_and_no_candidate() -> None:
+    trace, _ = recorded(AutoLRS(), noisy_quadratic(), 2000)
+    asked = [e.request for e in trace if isinstance(e.request, Probe) and e.request.permuted]
+    searches = searches_of(trace)
+    assert len(asked) == 1
+    assert sum(s.steps for s in searches) == sum(
+        len(e.answer.losses) for e in trace if isinstance(e.answer, ProbeResult)
+    )
+    stepped = [e for e in trace if isinstance(e.request, Probe) and e.request.num_steps]
+    assert sum(len(s.candidates) for s in searches) == len(stepped) - len(asked)

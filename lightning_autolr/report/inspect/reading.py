@@ -55,8 +55,9 @@ def searches_of(
     pending: list[tuple[Kind, list[Entry]]] = []
     trained = 0
     for entry in trace:
-        if isinstance(entry.request, Probe) and entry.request.permuted:
-            continue  # asks what the network has learnt, and not for a learning rate
+        if pending and isinstance(entry.request, Probe) and entry.request.permuted:
+            pending[-1][1].append(entry)  # a step of the search, which asks what the network has learnt: no candidate
+            continue
         if not isinstance(entry.request, Train):
             kind = _kind(entry.request)
             if not pending or pending[-1][0] != kind or not _is_comparable(entry.request, pending[-1][1][-1].request):
@@ -112,7 +113,7 @@ def _chains(entries: Iterable[Entry]) -> list[Parts]:
     chains: list[Parts] = []
     open_ends: dict[str, Parts] = {}
     for probe, answer in _probes(entries):
-        if not probe.num_steps:
+        if not probe.num_steps or probe.permuted:
             continue
         chain = open_ends.pop(probe.start or "", None) if probe.offset else None
         if chain is None:
