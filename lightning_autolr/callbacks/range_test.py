@@ -16,10 +16,11 @@ from typing_extensions import override
 from lightning_autolr.core.range_rules import RangeSuggestion, Rule
 from lightning_autolr.core.requests import Probe
 from lightning_autolr.engine import compat
-from lightning_autolr.engine.checks import record_folder, steps_made
+from lightning_autolr.engine.checks import record_folder
 from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.engine.figure_log import FigureLog
 from lightning_autolr.engine.files import Place
+from lightning_autolr.engine.length import steps_made
 from lightning_autolr.engine.lr import LearningRate, rescale_configured
 from lightning_autolr.engine.probe import ProbeOptions, Prober
 from lightning_autolr.engine.ranks import decide

@@ -1,4 +1,4 @@
-"""Kept states in checkpoints, so that a stage can still be undone after a resume.
+"""States of the real run that it may go back to, and how they get into checkpoints.
 
 A fork holds the live objects by identity, which no file can. What goes into a checkpoint is the state as Lightning would
 save it, taken with the kept state put in place for a moment.
@@ -7,33 +7,95 @@ save it, taken with the kept state put in place for a moment.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_autolr.engine.probe import Prober
+from lightning_autolr.report.trace import Record
 
-__all__ = ["dump_kept", "load_kept"]
+__all__ = ["KeptStates"]
 
 
-def dump_kept(trainer: Any, prober: Prober) -> dict[str, Any]:
-    """Each kept state as tensors and plain values."""
-    if not prober.kept:
-        return {}
-    with prober.set_aside():
+class KeptStates:
+    """States to go back to, each with its place in the record and the checkpoints that were the best ones then.
+
+    Args:
+        trainer: the Trainer.
+        prober: holds the states, also those that a search keeps of its probes, which have no place in the record.
+        record: of what was trained.
+    """
+
+    def __init__(self, trainer: Any, prober: Prober, record: Record) -> None:
+        self._trainer, self._prober, self._record = trainer, prober, record
+        self._kept_at: dict[str, int] = {}
+        self._best_at: dict[str, dict[str, float]] = {}
+
+    def keep(self, state: str) -> None:
+        """Keep the present state under this name."""
+        self._prober.keep(state)
+        self._kept_at[state] = len(self._record.segments)
+        self._best_at[state] = _best_checkpoints(self._trainer)
+
+    def release(self, states: Iterable[str]) -> None:
+        """Drop states."""
+        for state in states:
+            self._prober.release(state)
+            self._kept_at.pop(state, None)
+            self._best_at.pop(state, None)
+
+    def go_back(self, state: str, who: str) -> int | None:
+        """Go on from a state, undoing what was trained since; ``who`` tells the user of lost checkpoints.
+
+        Returns:
+            Its place in the record; None if it is the end of a probe, whose steps are in no segment.
+        """
+        best = _best_checkpoints(self._trainer)
+        if new := sorted(path for path, _ in best.items() - self._best_at.get(state, best).items()):
+            rank_zero_warn(
+                f"{who} undoes a stage in which a checkpoint was saved as the best one: {', '.join(new)}. The file stays, and "
+                "holds weights that training does not go on from."
+            )
+        self._prober.resume_from(state)
+        place = self._kept_at.get(state)
+        if place is not None:
+            self._prober.cost.steps_undone += self._record.undo_since(place)
+        return place
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors; collective."""
+        return {
+            "kept_at": dict(self._kept_at),
+            "best_at": {state: dict(best) for state, best in self._best_at.items()},
+            "kept": self._dump(),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Keep the states of a checkpoint again."""
+        self._kept_at, self._best_at = dict(saved["kept_at"]), saved["best_at"]
+        for name, state in saved["kept"].items():
+            with self._prober.set_aside():
+                _load(self._trainer, self._prober, state)
+                self._prober.keep(name)
+
+    def _dump(self) -> dict[str, Any]:
+        if not self._prober.kept:
+            return {}
         states = {}
-        for name, fork in prober.kept.items():
-            fork.restore()
-            states[name] = _dump(trainer, prober)
-    return states
+        with self._prober.set_aside():
+            for name, fork in self._prober.kept.items():
+                fork.restore()
+                states[name] = _dump(self._trainer, self._prober)
+        return states
 
 
-def load_kept(trainer: Any, prober: Prober, states: dict[str, Any]) -> None:
-    """Keep the states of a checkpoint again."""
-    for name, state in states.items():
-        with prober.set_aside():
-            _load(trainer, prober, state)
-            prober.keep(name)
+def _best_checkpoints(trainer: Any) -> dict[str, float]:
+    """Their paths and scores: a better one may be written over the last."""
+    monitored = [c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None) is not None]
+    found = {getattr(c, "best_model_path", ""): getattr(c, "best_model_score", None) for c in monitored}
+    return {path: float(score) for path, score in found.items() if path and score is not None}
 
 
 @torch.no_grad()

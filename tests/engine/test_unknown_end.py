@@ -60,7 +60,7 @@ def test_the_end_on_request(tmp_path: Path) -> None:
 
 
 def test_the_end_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.perf_counter", lambda: float(callback._trainer.global_step if callback._trainer else 0))
+    monkeypatch.setattr("time.perf_counter", lambda: float(callback._live.trainer.global_step if callback._live else 0))
     callback, clock, seen = AutoLRSCallback(tau=50, **OPTIONS), StepClock(60), Lrs()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
