@@ -9,11 +9,15 @@ Networks are trained once (the weights stay in ``runs/pretrained``), and fine-tu
 - "little text": 50 kB of it;
 - "rotated": clothes turned by 30 degrees, by a ConvNet that knows them upright;
 - "other classes": five classes of clothes, by a ConvNet that knows the other five and has a fresh last layer;
-- "digits": handwritten digits, by an MLP-Mixer that knows clothes and has a fresh last layer.
+- "digits": handwritten digits, by an MLP-Mixer that knows clothes and has a fresh last layer;
+- "rotated, mixer": the turned clothes, by that MLP-Mixer, which is worse than chance on them at first;
+- "text, low rank" and "rotated, low rank": the weights stay, and corrections of rank 4 to them are trained (LoRA, Hu et al.
+  2022, arXiv 2106.09685), of the Transformer and the MLP-Mixer.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +30,7 @@ from quality import SGD, AdamW, Task
 from quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+from torch.nn.utils.parametrize import register_parametrization
 from torchvision.transforms.functional import rotate
 
 from lightning_autolr import ScheduleCallback
@@ -42,6 +47,7 @@ from lightning_autolr.tasks import (
 from lightning_autolr.tasks.data import InMemoryData, Splits, TensorData
 
 ADAM_GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+HIGH_GRID = (1e-3, 3e-3, 1e-2, 3e-2, 0.1)  # for AdamW, too
 SGD_GRID = (1e-3, 1e-2, 3e-2, 0.1, 0.3)
 
 
@@ -139,6 +145,29 @@ def trained(name: str, fresh_head: bool = False) -> nn.Module:
     return network
 
 
+class LowRank(nn.Module):
+    """A weight of two axes and the trained correction to it; 0 at first."""
+
+    def __init__(self, weight: Tensor, rank: int = 4) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(rank, weight.shape[1]))
+        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + 2 * (self.up @ self.down)
+
+
+def low_rank(network: nn.Module) -> nn.Module:
+    """Nothing of it is trained but corrections to the weights of its linear and attention layers."""
+    network.requires_grad_(False)
+    for module in list(network.modules()):
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if isinstance(module, (nn.Linear, nn.MultiheadAttention)) and weight.ndim == 2:
+                register_parametrization(module, name, LowRank(weight))
+    return network
+
+
 TASKS = {
     "text": Task(
         lambda: trained("transformer"), lambda: Testament(is_new=True), AdamW, ADAM_GRID, 1000, num_classes=256
@@ -156,6 +185,18 @@ TASKS = {
     ),
     "digits": Task(
         lambda: trained("mixer", fresh_head=True), lambda: Part(DigitsData(), enlarged), AdamW, ADAM_GRID, 1000
+    ),
+    "rotated, mixer": Task(lambda: trained("mixer"), lambda: Part(clothes(4000), turned), AdamW, HIGH_GRID, 1000),
+    "text, low rank": Task(
+        lambda: low_rank(trained("transformer")),
+        lambda: Testament(is_new=True),
+        AdamW,
+        HIGH_GRID,
+        1000,
+        num_classes=256,
+    ),
+    "rotated, low rank": Task(
+        lambda: low_rank(trained("mixer")), lambda: Part(clothes(4000), turned), AdamW, HIGH_GRID, 1000
     ),
 }
 

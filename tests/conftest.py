@@ -1,4 +1,5 @@
-"""A test that leaks environment variables, threads, signal handlers, process groups or determinism flags fails."""
+"""Every test begins with the same random numbers; one that leaks environment variables, threads, signal handlers, process
+groups or determinism flags fails."""
 
 from __future__ import annotations
 
@@ -34,11 +35,10 @@ def _no_leaks() -> Iterator[None]:
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     deterministic, dtype = torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype()
     threads = {t for t in threading.enumerate() if not t.daemon}
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
     yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
     changed = {k for k in {**environment, **os.environ} if environment.get(k) != os.environ.get(k)} - _FREE
     assert not changed, f"leaked environment variables: {changed}"
     assert {s: signal.getsignal(s) for s in handlers} == handlers

@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_autolr.engine import compat
 from lightning_autolr.engine.checks import record_folder
+from lightning_autolr.engine.compat import return_lent
 from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.engine.grad_norms import GradNorms, Norm
 from lightning_autolr.search.refined import OnlineRefined
@@ -70,8 +70,8 @@ class GradNormCallback(Callback):
 
     @override
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        for name in ("_meter", *compat.LENT):  # they hold the Trainer
-            vars(self).pop(name, None)
+        vars(self).pop("_meter", None)  # holds the Trainer
+        return_lent(self)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -117,6 +117,10 @@ class RangeTestCallback(Callback):
             self._test(trainer, now)
 
     @override
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        compat.return_lent(self)
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         return {"done": self._loaded or list(self._done)}
 

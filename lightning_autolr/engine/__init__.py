@@ -2,12 +2,14 @@
 
 The run:
 
-``driver``        the callback that runs a search inside a Trainer
+``driver``        the callback that runs a search inside a Trainer: its options, and Lightning's hooks
+``live``          the search, from the start of a training to its end
 ``conversation``  what the search and the run tell each other
 ``segment``       the piece of real training that is going on
 ``lr``            writes learning rates
 ``grad_norms``    the gradient norm of each step
-``checks``        what can be wrong with a Trainer or an option, and what a search may know of the run
+``length``        how long the run is
+``checks``        what can be wrong with a Trainer or an option
 
 Private steps:
 
@@ -25,12 +27,16 @@ The training state:
 
 ``state``         capture it and put it back, in place
 ``files``         where the captured bytes lie: device, pinned CPU, disk
-``kept``          kept states in checkpoints
+``kept``          states to go back to, also after a resume
+
+What the user sees:
+
+``announce``      all of it
+``progress``      what is being tried, in the user's progress bar
+``figure_log``    figures and the account, for the user's logger
 
 For the rest:
 
 ``ranks``         reduce and broadcast
-``progress``      what is being tried, in the user's progress bar
-``figure_log``    figures and the account, for the user's logger
 ``compat``        private names of Lightning and torch
 """

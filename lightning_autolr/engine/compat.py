@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 
 __all__ = [
     "CACHED_LRS",
-    "LENT",
     "OWNERS",
     "BatchNorm",
     "clone_combined",
@@ -33,6 +32,7 @@ __all__ = [
     "logger_step",
     "on_before_batch_transfer",
     "reshard",
+    "return_lent",
     "set_in_loader",
     "takes_batch_idx",
     "takes_dataloader_iter",
@@ -46,8 +46,13 @@ BatchNorm = _BatchNorm  # of any number of dimensions, and the synchronized one
 foreach_add_, foreach_copy_, foreach_neg_, foreach_norm = _foreach_add_, _foreach_copy_, _foreach_neg_, _foreach_norm
 
 CACHED_LRS = ("base_lrs", "max_lrs", "_last_lr")  # lists of learning rates that a scheduler may hold
-LENT = ("log", "log_dict")  # methods of the module that Lightning hangs on each callback, anew for each run
 OWNERS = frozenset({"_trainer", "_fabric"})  # attributes by which a module knows who runs it
+
+
+def return_lent(callback: Any) -> None:
+    """Take off what Lightning hangs on each callback, anew for each run: methods of the module."""
+    for name in ("log", "log_dict"):
+        vars(callback).pop(name, None)
 
 
 def float_of_sums(device: torch.device) -> torch.dtype:

@@ -14,8 +14,8 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_autolr.core.requests import Run
-from lightning_autolr.engine import compat
 from lightning_autolr.engine.checks import check_choice, check_trainer
+from lightning_autolr.engine.compat import return_lent
 from lightning_autolr.engine.figure_log import options_of
 from lightning_autolr.engine.files import Place
 from lightning_autolr.engine.live import LiveSearch
@@ -236,8 +236,7 @@ class SearchCallback(Callback):
         self._live = None
         if self._final is not None:
             self._final = move_data_to_device(self._final, "cpu")
-        for name in compat.LENT:
-            vars(self).pop(name, None)
+        return_lent(self)
 
     @override
     def state_dict(self) -> dict[str, Any]:

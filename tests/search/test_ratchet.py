@@ -16,8 +16,9 @@ from lightning_autolr.search.base import AbstractSearch, replay
 from lightning_autolr.search.beam import BeamSearch
 from lightning_autolr.search.factors import FactorSearch
 from lightning_autolr.search.fixed import Fixed
+from lightning_autolr.search.looks import _overfits
 from lightning_autolr.search.published import PublishedAutoLRS
-from lightning_autolr.search.ratchet import Guarded, Ratchet, _overfits
+from lightning_autolr.search.ratchet import Guarded, Ratchet
 from tests.toy import run_toy
 from tests.zoo import Problem, Quadratic, noisy_quadratic, off_centre
 
