@@ -290,23 +290,37 @@ def tuned(name: str, method: str, rows: list[dict[str, Any]]) -> float:
     return float(min(of, key=lambda r: r["val_loss"])["lr"])
 
 
+Arms = dict[str, dict[int, dict[str, Any]]]  # what is compared: name, seed, run
+
+
+def arms_of(rows: list[dict[str, Any]], name: str) -> Arms:
+    """The methods of a task; a schedule at the default learning rate is one, and at its tuned one another."""
+    arms: Arms = {}
+    mine = [r for r in rows if r["task"] == name]
+    for method in dict.fromkeys(r["method"] for r in mine):
+        of = [r for r in mine if r["method"] == method]
+        default = {r["seed"]: r for r in of if r["lr"] is None}
+        if default:
+            arms[f"{method}, default LR" if method in SCHEDULES else method] = default
+        if any(r["lr"] is not None for r in of):
+            best = tuned(name, method, rows)
+            arms[f"{method}, tuned ({best:g})"] = {r["seed"]: r for r in of if r["lr"] == best}
+    return arms
+
+
+def oracle_of(arms: Arms) -> str:
+    """The tuned schedule with the lowest validation loss over the seeds that all of them have."""
+    schedules = [a for a in arms if ", tuned" in a and BEST not in a]
+    shared = set.intersection(*(set(arms[a]) for a in schedules)) if schedules else set()
+    return min(schedules, key=lambda a: np.mean([arms[a][s]["val_loss"] for s in sorted(shared)]), default="")
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Per task: test loss by method, with the interval of the paired difference to the best tuned schedule."""
     lines = []
     for name in dict.fromkeys(row["task"] for row in rows):
-        mine = [r for r in rows if r["task"] == name]
-        arms: dict[str, dict[int, dict[str, Any]]] = {}
-        for method in dict.fromkeys(r["method"] for r in mine):
-            of = [r for r in mine if r["method"] == method]
-            default = {r["seed"]: r for r in of if r["lr"] is None}
-            if default:
-                arms[f"{method}, default LR" if method in SCHEDULES else method] = default
-            if any(r["lr"] is not None for r in of):
-                best = tuned(name, method, rows)
-                arms[f"{method}, tuned ({best:g})"] = {r["seed"]: r for r in of if r["lr"] == best}
-        schedules = [a for a in arms if ", tuned" in a and BEST not in a]
-        shared = set.intersection(*(set(arms[a]) for a in schedules)) if schedules else set()
-        oracle = min(schedules, key=lambda a: np.mean([arms[a][s]["val_loss"] for s in sorted(shared)]), default="")
+        arms = arms_of(rows, name)
+        oracle = oracle_of(arms)
         lines += ["", f"### {name}", ""]
         lines += [
             "| method | seeds | test loss | minus the oracle's (95 %) | autolrs minus it (95 %) | accuracy | search "
@@ -321,14 +335,14 @@ def table(rows: list[dict[str, Any]]) -> str:
             share = np.mean([r["search_steps"] for r in runs]) / runs[0]["total_steps"]
             lines.append(
                 f"| {arm}{' (oracle)' if arm == oracle else ''} | {len(loss)} | {np.mean(loss):.4f} ± {spread:.4f} "
-                f"| {_difference(arms, arm, oracle)} | {_difference(arms, 'autolrs', arm)} "
+                f"| {difference(arms, arm, oracle)} | {difference(arms, 'autolrs', arm)} "
                 f"| {100 * np.mean([r['test_acc'] for r in runs]):.2f} | {share:.0%} "
                 f"| {np.mean([r['eval_batches'] for r in runs]):.0f} | {_sooner(arms, arm, target)} |"
             )
     return "\n".join(lines)
 
 
-def _difference(arms: dict[str, dict[int, dict[str, Any]]], arm: str, other: str) -> str:
+def difference(arms: Arms, arm: str, other: str) -> str:
     """Of test losses, paired by seed."""
     seeds = sorted(set(arms.get(arm, {})) & set(arms.get(other, {}))) if other != arm else []
     differences = np.array([arms[arm][s]["test_loss"] - arms[other][s]["test_loss"] for s in seeds])
@@ -340,7 +354,7 @@ def _difference(arms: dict[str, dict[int, dict[str, Any]]], arm: str, other: str
     return f"{differences.mean():+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
 
 
-def _sooner(arms: dict[str, dict[int, dict[str, Any]]], arm: str, target: str | None) -> str:
+def _sooner(arms: Arms, arm: str, target: str | None) -> str:
     """How many times sooner the tuned cosine's final validation loss was reached, in steps of the schedule and in all."""
     if target is None:
         return "-"
@@ -353,6 +367,11 @@ def _sooner(arms: dict[str, dict[int, dict[str, Any]]], arm: str, target: str | 
             return "not in all"
         times.append((run["total_steps"] / reached, run["total_steps"] / (reached + run.get("probe_steps", 0))))
     return " / ".join(f"{np.exp(np.mean(np.log(column))):.2f}" for column in zip(*times, strict=True))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of results."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def main(description: str, tasks: dict[str, Task], out: Path, folder: Path) -> None:
@@ -381,7 +400,7 @@ def main(description: str, tasks: dict[str, Task], out: Path, folder: Path) -> N
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
+    rows = read(arguments.out)
     done = {(r["task"], r["method"], r["lr"], r["seed"]) for r in rows}
     wanted = (
         jobs(tasks[name], name, arguments.methods, arguments.seeds, rows, not arguments.tuned)

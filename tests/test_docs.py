@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,7 @@ def test_commands_are_understood(line: str, monkeypatch: pytest.MonkeyPatch) -> 
     options = cli._parser_of(name, cli.COMMANDS[name]).parse_args([cli._dashed(argument) for argument in own])
     configs = options.get("configs") or [c for c in [options.get("config")] if c]
     assert all(list(ROOT.glob(config)) for config in configs)
+
+
+def test_tables_of_quality_are_those_of_the_results() -> None:
+    subprocess.run([sys.executable, ROOT / "docs/tables.py", "--check"], check=True)
