@@ -25,6 +25,9 @@ if TYPE_CHECKING:
         RangeTestCallback as RangeTestCallback,
     )
     from lightning_autolr.callbacks import (
+        Ratchet as Ratchet,
+    )
+    from lightning_autolr.callbacks import (
         RefinedScheduleCallback as RefinedScheduleCallback,
     )
     from lightning_autolr.callbacks import (
@@ -41,6 +44,7 @@ __all__ = [
     "FactorSearchCallback",
     "GradNormCallback",
     "RangeTestCallback",
+    "Ratchet",
     "RefinedScheduleCallback",
     "ScheduleCallback",
     "SearchCallback",

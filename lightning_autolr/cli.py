@@ -28,12 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; None takes them from the command line.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # the user's own modules by class_path, as with `python -m`
     if arguments and arguments[0] in COMMANDS:
         return _run_command(arguments[0], COMMANDS[arguments[0]], arguments[1:])
-    AutoLRCLI(arguments, epilog=_further_commands())
+    own = AutoLRCLI.subcommands()
+    usage = None if arguments[0] in own else f"lightning-autolr {{{','.join([*own, *COMMANDS])}}} ..."
+    AutoLRCLI(arguments, usage=usage, epilog=_further_commands())
     return 0
 
 

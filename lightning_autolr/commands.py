@@ -49,10 +49,11 @@ def compare(
 
     Args:
         configs: files for ``fit``; differences are taken to the first one.
-        seeds: number of seeds: 0, 1, ...
-        equal_total_steps: let search steps count in ``max_steps``, so that every run makes the same number in all.
-        metric: the value to compare, as logged on the test or validation data; less is better unless its name ends in
-            acc or accuracy.
+        seeds: how many; they are 0, 1, ...
+        equal_total_steps: let private steps count towards ``max_steps``, as undone ones always do, so that all runs do the same
+            work.
+        metric: the value to compare, as logged on the test or validation data (test_loss, val_loss, test_acc, ...); less is
+            better unless its name ends in acc or accuracy.
         engine: where the runs are made: in processes here, or as tasks of a Ray cluster.
         jobs: runs at a time; with Ray, 0 is as many as the cluster takes.
         out: folder for the runs, ``runs.csv``, ``comparison.json`` and ``comparison.html``.
@@ -121,7 +122,7 @@ def inspect(run_dir: str, csv: str | None = None, figures: str | None = None) ->
 
     Args:
         run_dir: folder of the run, such as ``lightning_logs/version_0``.
-        csv: file to write all rows to.
+        csv: CSV file to write, one row per candidate and stage.
         figures: folder to write all figures to, as PNG.
     """
     from lightning_autolr.report.figures import drawings_of, range_test_figure, save_figure
@@ -180,7 +181,7 @@ def refine(run_dir: str, smoothing: float = 0.1, out: str | None = None) -> int:
 
     Args:
         run_dir: folder of the run: it has ``autolr/grad_norms.json``.
-        smoothing: width of the median filter as a share of the run.
+        smoothing: width of the median filter as a share of the run, in [0, 1); 0 does not smooth.
         out: file for the schedule; by default ``RUN_DIR/autolr/refined.json``.
     """
     folder = Path(run_dir, "autolr")
@@ -213,13 +214,14 @@ def range_test(
     """Raise the learning rate over a few private steps and suggest one, with an interval.
 
     Args:
-        config: a file for ``fit``; its own callbacks are left out.
-        min_lr: bottom of the ladder.
-        max_lr: top of the ladder.
-        num_steps: rungs of the ladder.
-        repeats: climbs with other batches each; their spread gives the interval.
+        config: a file for ``fit``; its callbacks are not used.
+        min_lr: learning rate of the first step, > 0.
+        max_lr: learning rate of the last step; a loss that runs away ends the test before.
+        num_steps: private steps of one test, >= 10; the learning rate grows by the same factor at each.
+        repeats: tests, each on other batches; the interval is from the lowest to the highest of their results.
         rule: "minimum" (a tenth of where the loss is lowest; for a constant learning rate), "edge" (a quarter of where it
-            begins to rise; when a decay follows), "valley" (the middle of the main fall) or "steepest".
+            begins to rise; when a decay follows), "valley" (the middle of the main fall) or "steepest" (where it falls
+            fastest).
         out: folder for ``autolr/range_test.json`` and the picture.
         overrides: further arguments of ``fit``.
     """

@@ -34,16 +34,18 @@ class AutoLRCLI(LightningCLI):
 
     Args:
         args: the command line, without the program's name.
+        usage: the first line of the help; None is made of the options.
         epilog: what stands below the help.
     """
 
-    def __init__(self, args: Sequence[str], epilog: str = "") -> None:
+    def __init__(self, args: Sequence[str], usage: str | None = None, epilog: str = "") -> None:
         super().__init__(
             args=list(args),
             # A run folder that is used again is the user's wish; LightningCLI would refuse it.
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 "prog": "lightning-autolr",
+                "usage": usage,
                 "description": "Train with Lightning under learning rates that are found while you train.",
                 "epilog": epilog,
                 "formatter_class": _Help,

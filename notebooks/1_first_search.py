@@ -55,7 +55,7 @@ trainer.fit(model, DigitsData())
 
 # %%
 for entry in callback.trace:
-    if entry.request.kind == "candidate":
+    if entry.request.kind == "candidate" and not entry.request.permuted:
         print(f"lr {entry.request.lr:8.4f}   {entry.request.num_steps} steps   loss {entry.answer.loss:.3f}")
 
 # %%
@@ -64,8 +64,8 @@ print(list(figures))
 figures[[name for name in figures if "candidates" in name][-1]]
 
 # %% [markdown]
-# And what came of it: a warm-up, then an anneal to zero. Segments that were undone, because the validation loss did not
-# fall any more, are marked.
+# And what came of it: a warm-up, then an anneal to zero. Segments that were undone, because the data were learnt by heart (the
+# validation loss rose while the training loss was far below it) or the training blew up, are marked.
 
 # %%
 figures["schedule"]

@@ -8,6 +8,7 @@ from lightning_autolr.callbacks.grad_norm import GradNormCallback, RefinedSchedu
 from lightning_autolr.callbacks.range_test import RangeTestCallback
 from lightning_autolr.callbacks.schedule import ScheduleCallback
 from lightning_autolr.engine.driver import SearchCallback
+from lightning_autolr.search.ratchet import Ratchet
 
 __all__ = [
     "AutoLRSCallback",
@@ -16,6 +17,7 @@ __all__ = [
     "FactorSearchCallback",
     "GradNormCallback",
     "RangeTestCallback",
+    "Ratchet",
     "RefinedScheduleCallback",
     "ScheduleCallback",
     "SearchCallback",

@@ -29,29 +29,32 @@ class AutoLRSCallback(SearchCallback):
     stage, at as many steps as are trained.
 
     Args:
-        tau: "early": longest stage of the ratchet in steps; a run of unknown length is searched as one of ten times as many.
-            "published": steps of the first stage.
+        tau: steps, >= 1. "early": the longest between two looks of the ratchet, so what counts in runs of more than 40 times as
+            many; a run of unknown length is searched as one of ten times as many. "published": the first stage.
         tau_max: steps of the longest stage of the published method.
-        num_candidates: learning rates tried in a search, at most, beside the short candidates that come before it with "early";
-            None is 4, and 10 as published.
-        probe_fraction: "published": steps of a probe as a share of its stage.
-        min_lr: lower bound of the learning rate. None: "early" goes as low as it needs, "published" makes a range test first.
-        max_lr: upper bound; likewise. with "published" a bound that is found is at least a factor of ten from a given one.
+        num_candidates: learning rates tried in a search, at most, beside the short candidates that come before it with "early",
+            >= 1; None is 4, and 10 as published.
+        probe_fraction: "published": steps of a probe as a share of its stage, in (0, 1).
+        min_lr: lower bound of the learning rate, > 0. None: "early" goes as low as it needs, "published" makes a range test
+            first.
+        max_lr: upper bound; likewise. With "published" a bound that is found is at least a factor of ten from a given one.
         objective: what scores a candidate: "validation", "holdout" (training batches held out from the probes), or "train":
             its own training losses, which with "early" are those of its second half. "published" forecasts them, and has
             "auto", too: training losses until a stage of ``tau_max`` steps was made, validation losses from then on, as the
             authors' code does. None is "validation" as published; with "early" it is "train" for candidates of ten steps and
-            more, and "validation" for shorter ones, as in runs of less than 160 steps.
-        kappa: "published": weight of the standard deviation in the lower confidence bound; the published value fills the space.
+            more, and "validation" for shorter ones: all in runs of less than 160 steps, the coarse ones in runs of 400 to 799.
+        kappa: "published": weight of the standard deviation in the lower confidence bound, >= 0; the published value fills the
+            space.
         estimator: "published": "bounded" forecasts, or the "reference" ones of the authors' code.
         warmup_steps: "published": steps before the first stage that rise to ``warmup_lr``, not searched.
         warmup_lr: "published": learning rate at their end; None is ``max_lr``.
         method: "early" or "published".
-        search_budget: "early": search steps as a share of the run's, at most; None is a twentieth, and more in short runs.
-        caution: "early": what the best candidate's learning rate is divided by, since a run is longer than a probe; None is 2,
-            and 1/2 for a network that is trained already, as in fine-tuning.
-        warmup_fraction: "early": share of the run that goes linearly up to the peak.
-        anneal_fraction: "early": share of the run at its end that goes to zero.
+        search_budget: "early": search steps as a share of the run's, at most, in (0, 1); None is a twentieth, and more in short
+            runs.
+        caution: "early": what the best candidate's learning rate is divided by, > 0, since a run is longer than a probe; None
+            is 2, and 1/2 for a network that is trained already, as in fine-tuning.
+        warmup_fraction: "early": share of the run that goes linearly up to the peak, in [0, 1).
+        anneal_fraction: "early": share of the run at its end that goes to zero, in (0, 1].
         anneal: "early": shape of the anneal; None is REX.
         ratchet: take back training that did harm, see :class:`~lightning_autolr.search.ratchet.Ratchet`; None does so with
             "early" only.
@@ -64,7 +67,7 @@ class AutoLRSCallback(SearchCallback):
 
     Example::
 
-        Trainer(callbacks=[AutoLRSCallback(tau=1000)])
+        Trainer(max_steps=10_000, callbacks=[AutoLRSCallback()])
     """
 
     def __init__(

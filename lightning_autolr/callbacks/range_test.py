@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_autolr.core.range_rules import RangeSuggestion, Rule
 from lightning_autolr.core.requests import Probe
 from lightning_autolr.engine import compat
-from lightning_autolr.engine.checks import record_folder
+from lightning_autolr.engine.checks import check_trainer, record_folder
 from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.engine.figure_log import FigureLog
 from lightning_autolr.engine.files import Place
@@ -35,30 +35,33 @@ __all__ = ["RangeTestCallback"]
 class RangeTestCallback(Callback):
     """Finds a learning rate with its interval, at the start or at milestones, and leaves no trace in the run.
 
-    What it found lies in ``suggestions`` and in ``<log_dir>/autolr/range_test.json``. With ``apply`` the configured
-    learning rates, and those that the module's schedulers have cached, are scaled so that the largest one is the
+    What it found lies in ``suggestions``, by milestone, and in ``<log_dir>/autolr/range_test.json``. With ``apply`` the
+    configured learning rates, and those that the module's schedulers have cached, are scaled so that the largest one is the
     suggestion: group ratios stay, and so does the shape of any stock scheduler. (Absolute floors such as ``eta_min`` stay
     what they are.)
 
     Args:
-        milestones: epochs (or optimizer steps, see ``unit``) at whose first batch to test.
+        milestones: epochs (or optimizer steps, see ``unit``) at whose first batch to test, each >= 0.
         unit: "epoch" or "step".
-        min_lr: bottom of the ladder.
-        max_lr: top of the ladder.
-        num_steps: rungs of the ladder.
-        mode: "exponential" or "linear" ladder.
-        repeats: climbs with other batches each; their spread gives the interval.
+        min_lr: learning rate of the first step of a test, > 0.
+        max_lr: learning rate of its last step, > ``min_lr``; a loss that runs away ends it before.
+        num_steps: private steps of a test, >= 10.
+        mode: "exponential": the learning rate grows by the same factor at each step; or "linear".
+        repeats: tests, each on other batches, >= 1; the interval is from the lowest to the highest of their results.
         rule: "minimum" (a tenth of where the loss is lowest; for a constant learning rate), "edge" (a quarter of where it
-            begins to rise; when a decay follows), "valley" (the middle of the main fall) or "steepest".
+            begins to rise; when a decay follows), "valley" (the middle of the main fall) or "steepest" (where it falls
+            fastest).
         apply: use the suggestion, when there is one.
         stop: end the run after the test.
         fork: where the copy of the training state lies.
         figures: log a figure of each test, see :func:`lightning_autolr.report.figures.range_test_figure`; as a file in
             ``<log_dir>/autolr/figures`` when no logger takes it. Needs matplotlib, without which there is none.
-        seed: of the batches.
+        seed: of the batches, >= 0.
+        allow_untested: run on strategies that we have not tested.
 
     Raises:
         ValueError: an argument out of its range.
+        MisconfigurationException: in ``setup``, a strategy that cannot be served, or ``apply=True`` beside a search.
 
     Example::
 
@@ -80,6 +83,7 @@ class RangeTestCallback(Callback):
         fork: Place = "device",
         figures: bool = True,
         seed: int = 0,
+        allow_untested: bool = False,
     ) -> None:
         if not milestones or any(m < 0 for m in milestones):
             raise ValueError(f"Expected at least one milestone, each >= 0, got {milestones=}.")
@@ -87,7 +91,7 @@ class RangeTestCallback(Callback):
             raise ValueError(f"Expected unit to be 'epoch' or 'step', got {unit!r}.")
         self.search = RangeTest(min_lr, max_lr, num_steps, mode, repeats, rule, seed=seed)
         self.milestones, self.unit, self.apply, self.stop = frozenset(milestones), unit, apply, stop
-        self.figures = figures
+        self.figures, self.allow_untested = figures, allow_untested
         self.options = ProbeOptions(fork=fork, seed=seed)
         self.suggestions: dict[int, RangeSuggestion] = {}
         self._done: list[int] = []
@@ -95,6 +99,8 @@ class RangeTestCallback(Callback):
 
     @override
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            check_trainer(trainer, pl_module, (), self.allow_untested)
         searches = [type(c).__name__ for c in trainer.callbacks if isinstance(c, SearchCallback)]
         if self.apply and searches:
             raise MisconfigurationException(

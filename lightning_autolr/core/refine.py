@@ -34,13 +34,19 @@ def refined_values(norms: ArrayLike, power: float) -> Floats:
         :math:`\eta_1 \dots \eta_T`, shape ``(T,)``, each >= 0, the last 0. Their scale is that of :math:`w`: divide by
         the maximum for factors.
 
+    Raises:
+        ValueError: a norm is not finite or not > 0.
+
     >>> refined_values([1, 1, 1, 1, 1], power=2).round(3).tolist()
     [0.8, 0.6, 0.4, 0.2, 0.0]
     """
-    weights = np.asarray(norms, dtype=np.float64) ** -power
+    values = np.asarray(norms, dtype=np.float64)
+    if not (np.isfinite(values) & (values > 0)).all():
+        raise ValueError(f"Expected gradient norms that are finite and > 0, got {values}; see `smoothed_norms`.")
+    weights = values**-power
     after = np.append(np.cumsum(weights[:0:-1])[::-1], 0.0)  # after[t] is the sum of the weights behind t
-    values: Floats = weights * after / weights.sum()
-    return values
+    refined: Floats = weights * after / weights.sum()
+    return refined
 
 
 def smoothed_norms(norms: ArrayLike, smoothing: float = 0.1, num_steps: int | None = None) -> Floats:
@@ -63,7 +69,7 @@ def smoothed_norms(norms: ArrayLike, smoothing: float = 0.1, num_steps: int | No
         Shape ``(n,)``, each > 0.
 
     Raises:
-        ValueError: no norm is finite and > 0.
+        ValueError: no norm is finite and > 0, or ``smoothing`` is out of its range.
 
     >>> smoothed_norms([1.0, float("nan"), 3.0], smoothing=0).tolist()
     [1.0, 2.0, 3.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -70,10 +71,10 @@ class Announcer:
     def say_account(self, summary: Mapping[str, Any]) -> None:
         """Print what the run took, and what it found."""
         folder = self._record.folder
-        lrs = [f"{lr:.2e}" for lr in summary["learning_rates"]]
+        lrs = [lr for lr, _ in groupby(f"{lr:.2e}" for lr in summary["learning_rates"])]
         found = ", ".join(lrs[:12]) + (f" and {len(lrs) - 12} more" if len(lrs) > 12 else "")
-        where = f" It lies in {folder}." if folder else ""
-        self.info(f"{'; '.join(account_of(summary))}. Learning rates: {found}.{where}")
+        where = f" The record is in {folder}." if folder else ""
+        self.info(f"{'; '.join(account_of(summary))}. Peak learning rate{'s' * (len(lrs) > 1)}: {found}.{where}")
 
     def log_figures(self) -> None:
         """Of the whole run."""

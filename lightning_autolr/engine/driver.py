@@ -38,13 +38,15 @@ class SearchCallback(Callback):
             training loss itself.
         monitor: name under which ``validation_step`` logs the score; the loss it returns is taken when it logs no such.
         mode: whether less ("min") or more ("max") of it is better.
-        eval_batches: batches of each validation loader that score a candidate; None is all of them.
+        eval_batches: batches of each validation loader that score a candidate, >= 1; None is all of them. With "holdout":
+            training batches that are reserved, and None is 4.
         fork: where the copy of the training state lies: on its own "device", in pinned "cpu" memory, or on "disk" through
             the Trainer's checkpoint I/O plugin.
         on_scheduler: what to do with learning-rate schedulers that the module configured: "override" them with one
             warning, "multiply" with what they do within a stage (relative to its start, or to their top where they have not
             reached it yet), or raise an "error".
-        total_steps: optimizer steps from here to the end of the run; "auto" asks the Trainer.
+        total_steps: optimizer steps (batches under manual optimization) from here to the end of the run, >= 1; "auto" asks the
+            Trainer.
         count_search: count search steps in ``total_steps``: the run then ends when search and training together have
             made that many. For comparisons at equal cost.
         search_callbacks: callbacks of the Trainer that take part in private steps, since they change gradients.
@@ -53,7 +55,7 @@ class SearchCallback(Callback):
         ratchet: take back training that did harm, see :class:`~lightning_autolr.search.ratchet.Ratchet`.
         figures: log figures of what was tried and of the whole run, see :mod:`lightning_autolr.report.figures`; as files in
             ``<log_dir>/autolr/figures`` when no logger takes them. Needs matplotlib, without which there are none.
-        seed: seed of everything random in the search.
+        seed: of everything random in the search, >= 0.
 
     Raises:
         ValueError: an argument out of its range.
@@ -263,7 +265,9 @@ class SearchCallback(Callback):
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Schedule steps, search steps, seconds in search, chosen learning rates."""
+        """What the run took: ``schedule_steps`` (real ones that were kept), ``undone_steps``, ``probe_steps`` (private ones),
+        ``search_steps`` (private and undone), ``eval_batches``, ``search_seconds``, ``learning_rates`` (the peak of each kept
+        segment)."""
         return summary_of(self._record.segments, self._cost)
 
     def finish_in(self, num_steps: int) -> None:

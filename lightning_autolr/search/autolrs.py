@@ -84,8 +84,9 @@ class AutoLRS(AbstractSearch):
         num_candidates: candidates after the coarse ones, at most, >= 1.
         min_lr: lower bound; None is far below the configured learning rate.
         max_lr: upper bound; None is far above it.
-        search_budget: search steps as a share of the run's, at most, in (0, 1). None is a twentieth, and more in runs of less
-            than 5,000 steps (13 % of 1,000, a quarter of 160), since candidates shorter than 50 steps are misleading.
+        search_budget: search steps as a share of the run's, at most, in (0, 1). None is about a twentieth, and more in runs of
+            less than 5,000 steps, since candidates shorter than 50 steps are misleading: usually 13 % of 1,000 (18 % at most),
+            20 % of 200, 26 % of 160.
         coarse_steps: steps of one coarse candidate, >= 0; None is a 500th of the run, from 10 to 50, fewer in runs of less than
             800 steps. In runs of less than 400 the long candidates are coarse ones, too: they begin at the configured learning
             rate and climb in factors of ten. With 0 there are no coarse ones.
@@ -97,8 +98,8 @@ class AutoLRS(AbstractSearch):
         anneal_fraction: share of the run at its end that goes to zero, in (0, 1].
         anneal: shape of the end, open in its number of steps.
         evaluate: what scores a candidate: its own "train"ing losses, the "validation" batches, or training batches held out
-            from the probes ("holdout"). None is "train", and "validation" for candidates of less than ten steps, as in short
-            runs.
+            from the probes ("holdout"). None is "train", and "validation" for candidates of less than ten steps: all of them in
+            runs of less than 160 steps, the coarse ones in runs of 400 to 799.
         warmup: a search for the warm-up that goes first; the candidates then stay in the range that it found, and the
             warm-up of ``warmup_fraction`` is left out.
 
@@ -203,9 +204,10 @@ class AutoLRS(AbstractSearch):
         )
         end = unknown if run.total_steps is None else known
         coarse = f"at most {_MOST_COARSE} candidates of {plan.coarse_steps} steps for its order of magnitude, then "
+        long = f"at most {plan.max_probes} {'longer ones' if plan.coarse_steps else 'candidates'} of {plan.probe_steps}"
         return (
-            f"the peak is looked for from lr {run.lr:.3g} on: {coarse if plan.coarse_steps else ''}at most "
-            f"{plan.max_probes} of {plan.probe_steps} (in all at most {plan.search_steps} steps{share}); {end}."
+            f"the peak is looked for from lr {run.lr:.3g} on: {coarse if plan.coarse_steps else ''}{long} steps "
+            f"(in all at most {plan.search_steps} steps{share}); {end}."
         )
 
     def requests(self, run: Run) -> Requests:
@@ -291,7 +293,12 @@ class AutoLRS(AbstractSearch):
         steps = 0
         if ladder.results and length >= _STEADY:
             permuted: ProbeResult = yield Probe(
-                lr=ladder.best, num_steps=1, draw=_DRAW, evaluate="none", permuted=True, label="is it trained already?"
+                lr=ladder.best,
+                num_steps=1,
+                draw=_DRAW,
+                evaluate="none",
+                permuted=True,
+                label="check for trained weights",
             )
             steps = permuted.num_steps
             if _is_trained(ladder.results.values(), permuted):

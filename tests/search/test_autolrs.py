@@ -269,8 +269,8 @@ def test_a_small_budget_without_validation(total: int) -> None:
 
 
 def test_the_plan_without_validation_is_the_one_that_is_made() -> None:
-    assert "at most 4 of 1 " in AutoLRS().describe(Run(30))
-    assert "at most 4 of 2 " in AutoLRS().describe(Run(30, has_validation=False))
+    assert "at most 4 candidates of 1 " in AutoLRS().describe(Run(30))
+    assert "at most 4 candidates of 2 " in AutoLRS().describe(Run(30, has_validation=False))
 
 
 def test_one_step_has_no_training_loss_to_score() -> None:
