@@ -19,7 +19,7 @@ import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback
 
-from lightning_autolr.callbacks import ScheduleCallback, SearchCallback
+from lightning_autolr.callbacks import RangeTestCallback, ScheduleCallback, SearchCallback
 from lightning_autolr.core.range_rules import Rule
 from lightning_autolr.core.refine import refine_schedule
 from lightning_autolr.fit import AutoLRCLI, resolve
@@ -53,7 +53,7 @@ def compare(
         equal_total_steps: let private steps count towards ``max_steps``, as undone ones always do, so that all runs do the same
             work.
         metric: the value to compare, as logged on the test or validation data (test_loss, val_loss, test_acc, ...); less is
-            better unless its name ends in acc or accuracy.
+            better unless its name ends in acc, accuracy, f1 or the like.
         engine: where the runs are made: in processes here, or as tasks of a Ray cluster.
         jobs: runs at a time; with Ray, 0 is as many as the cluster takes.
         out: folder for the runs, ``runs.csv``, ``comparison.json`` and ``comparison.html``.
@@ -94,10 +94,13 @@ def preview(
     """
     from lightning_autolr.report.curves import preview_figure
 
+    ending = Path(out).suffix.lower()
+    if ending not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"Expected a picture that ends in .png, .svg or .pdf, got {out!r}.")
     schedules: dict[str, tuple[Schedule, float | None, int]] = {}
     for name, path in _named(configs).items():
         config = resolve(path, overrides)
-        length = total_steps or config["trainer"]["max_steps"]
+        length = config["trainer"]["max_steps"] if total_steps is None else total_steps
         fixed = [c for c in _built(callbacks_of(config)) if isinstance(c, ScheduleCallback)]
         if not fixed:
             print(f"{name}: no ScheduleCallback in it, nothing to show before training.")
@@ -225,7 +228,7 @@ def range_test(
         out: folder for ``autolr/range_test.json`` and the picture.
         overrides: further arguments of ``fit``.
     """
-    options = {
+    options: dict[str, Any] = {
         "min_lr": min_lr,
         "max_lr": max_lr,
         "num_steps": num_steps,
@@ -233,6 +236,7 @@ def range_test(
         "rule": rule,
         "stop": True,
     }
+    RangeTestCallback(**options)  # what is wrong with the options is said here, in one line
     values = resolve(config, overrides)
     values["trainer"]["callbacks"] = [{"class_path": "lightning_autolr.RangeTestCallback", "init_args": options}]
     values["trainer"].update(

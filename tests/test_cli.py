@@ -311,6 +311,18 @@ def test_a_schedule_is_refined_from_recorded_norms(tmp_path: Path, capsys: pytes
     assert "lightning_autolr.ScheduleCallback" in capsys.readouterr().out
 
 
+def test_wrong_numbers_are_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(CONFIGS / "digits/rex.yaml")
+    for command, message in (
+        (["range-test", config, "--num-steps", "2", "--out", str(tmp_path)], "Expected num_steps"),
+        (["preview", config, "--total-steps", "0"], "Expected a known number of steps"),
+        (["preview", config, "--out", str(tmp_path / "a.xyz")], "Expected a picture that ends in"),
+    ):
+        assert cli.main(command) == 2
+        assert message in (said := capsys.readouterr().err)
+        assert said.count("\n") == 1
+
+
 def test_a_range_test_suggests_without_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--num-steps=10", "--repeats=1", f"--out={tmp_path}", "--", *QUIET[:2], "--trainer.accelerator=cpu"]
     assert cli.main(["range-test", str(CONFIGS / "digits/constant.yaml"), *options]) == 0

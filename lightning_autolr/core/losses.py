@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,9 +12,20 @@ from scipy.stats import sem
 
 from lightning_autolr.core.requests import ProbeResult
 
-__all__ = ["divergence_limit", "first_not_finite", "paired", "sudden"]
+__all__ = ["divergence_limit", "first_not_finite", "more_is_better", "paired", "sudden"]
 
+_SCORES = {"auc", "auroc", "bleu", "dice", "f1", "iou", "map", "precision", "recall"}
 _FEW = 20  # first losses of a training, among which the highest is looked for
+
+
+def more_is_better(name: str) -> bool:
+    """Whether a logged value is a score and no loss, as far as its name says.
+
+    >>> [more_is_better(name) for name in ("val_acc", "test_accuracy", "val/f1", "val_loss", "accuracy_loss")]
+    [True, True, True, False, False]
+    """
+    name = name.lower()
+    return name.endswith(("acc", "accuracy")) or re.split(r"[^a-z0-9]", name)[-1] in _SCORES
 
 
 def divergence_limit(losses: Sequence[float]) -> float | None:

@@ -74,6 +74,12 @@ class Announcer:
         lrs = [lr for lr, _ in groupby(f"{lr:.2e}" for lr in summary["learning_rates"])]
         found = ", ".join(lrs[:12]) + (f" and {len(lrs) - 12} more" if len(lrs) > 12 else "")
         where = f" The record is in {folder}." if folder else ""
+        kept, undone = summary["schedule_steps"], summary["undone_steps"]
+        if undone > 20 * max(1, kept):
+            rank_zero_warn(
+                f"{self.name} took back {undone} of {kept + undone} steps: nothing after them was better by what it looks at. "
+                "Is `monitor` a score, of which more is better (`mode='max'`)?"
+            )
         self.info(f"{'; '.join(account_of(summary))}. Peak learning rate{'s' * (len(lrs) > 1)}: {found}.{where}")
 
     def log_figures(self) -> None:

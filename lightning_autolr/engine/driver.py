@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
+from lightning_autolr.core.losses import more_is_better
 from lightning_autolr.core.requests import Run
 from lightning_autolr.engine.checks import check_choice, check_trainer
 from lightning_autolr.engine.compat import return_lent
@@ -92,6 +93,11 @@ class SearchCallback(Callback):
             raise ValueError(f"Expected total_steps >= 1 or 'auto', got {total_steps=}.")
         if seed < 0:
             raise ValueError(f"Expected seed >= 0, got {seed=}.")
+        if mode == "min" and more_is_better(monitor):
+            rank_zero_warn(
+                f"{type(self).__name__} takes less of {monitor!r} for better, and by its name it is a score. Pass `mode='max'` "
+                "if more of it is better: otherwise the run ends on its worst weights."
+            )
         self.objective = objective
         self.on_scheduler = on_scheduler
         self.total_steps = total_steps
@@ -172,6 +178,11 @@ class SearchCallback(Callback):
         self._live = LiveSearch(self, trainer, saved)
         self._record, self._cost = self._live.record, self._live.cost
         self._live.start(saved)
+
+    @override
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._live is not None and (changed := self._live.length.other_epoch()):
+            rank_zero_warn(f"{type(self).__name__} {changed}")
 
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

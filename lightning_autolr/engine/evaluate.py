@@ -92,7 +92,8 @@ def evaluate(trainer: Any, batches: Sequence[tuple[Any, int, int]], sink: LogSin
     if not values:
         raise ValueError(
             f"Expected `validation_step` to log {monitor!r} or to return a loss, got neither; the last batch logged "
-            f"{sorted(logged)}. Set `monitor=` to one of these, or choose `objective='holdout'` or 'train'."
+            f"{sorted(logged)}. Set `monitor=` to one of these (with `mode='max'` where more is better), or choose "
+            "`objective='holdout'` or 'train'."
         )
     return values
 

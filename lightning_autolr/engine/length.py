@@ -38,6 +38,7 @@ class RunLength:
         total = _known_total(trainer) - self._first_step if configured == "auto" else configured
         self.total: int | None = None if total == math.inf else max(1, int(total))
         self._batches, self._first_global_step = 0, trainer.global_step
+        self._per_epoch = trainer.num_training_batches  # as planned for; None once another number was spoken of
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -84,6 +85,19 @@ class RunLength:
         """Seconds until ``max_time``, if it was given."""
         seconds = (c.time_remaining() for c in self._trainer.callbacks if isinstance(c, Timer))
         return min((s for s in seconds if s is not None), default=None)
+
+    def other_epoch(self) -> str:
+        """To be called at the start of each epoch: says, once, when it has another number of batches than the plan is for."""
+        trainer, planned = self._trainer, self._per_epoch
+        by_epochs = self._configured == "auto" and self.total is not None and trainer.max_steps == -1
+        if not by_epochs or planned is None or trainer.num_training_batches == planned:
+            return ""
+        self._per_epoch = None
+        return (
+            f"has planned for {self.total} steps, epochs of {planned} batches: expected as many in epoch "
+            f"{trainer.current_epoch}, got {trainer.num_training_batches}. The learning rate will not be at its end when the "
+            "run is. Pass `total_steps=`, or end it by `max_steps`."
+        )
 
     def count_batch(self) -> str:
         """To be called after each batch of manual optimization: says, once, how the run will differ from the plan."""

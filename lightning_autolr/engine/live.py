@@ -76,6 +76,8 @@ class LiveSearch:
 
     def start(self, saved: dict[str, Any] | None) -> None:
         """Begin the search, or bring it to where the saved run was."""
+        if saved is None and (old := self.record.set_aside()):
+            self.announcer.info(f"the record of an earlier fit is now in {old}.")
         random_state = None if saved is None else self._resume(saved)
         # Saved ones are put back now, not at the first batch: loading it, or a validation before it, draws numbers again.
         random_state = random_state or RandomState(self.trainer.strategy.root_device)

@@ -113,7 +113,13 @@ class ActiveSegment:
         """For the record: what was made of it."""
         train = self.train
         return Segment(
-            self.steps_done, train.lr, train.shape, momentum=train.momentum, back_to=self.back_to, leaps=self.leaps
+            self.steps_done,
+            train.lr,
+            train.shape,
+            momentum=train.momentum,
+            back_to=self.back_to,
+            leaps=self.leaps,
+            goes_on=train.goes_on,
         )
 
     def state_dict(self) -> dict[str, Any]:

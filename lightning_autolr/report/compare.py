@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from scipy.stats import bootstrap, sem
 
+from lightning_autolr.core.losses import more_is_better
 from lightning_autolr.report.jobs import FinishedRun, Job, run_jobs
 
 __all__ = ["Comparison", "Method", "compare_configs", "paired_interval"]
@@ -75,7 +76,7 @@ class Comparison:
     @property
     def best(self) -> str | None:
         """The configuration with the best mean, among those with a finite one."""
-        sign = -1 if self.metric.endswith(("acc", "accuracy")) else 1
+        sign = -1 if more_is_better(self.metric) else 1
         means = {method.name: sign * method.means.get(self.metric, math.nan) for method in self.methods}
         finite = {name: mean for name, mean in means.items() if math.isfinite(mean)}
         return min(finite, key=finite.__getitem__) if finite else None

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,14 @@ class Record:
         self.folder = folder
         self.trace: list[Entry] = []
         self.segments: list[Segment] = []
+
+    def set_aside(self) -> str | None:
+        """Rename a folder with the record of an earlier fit, lest this one is written over it; returns the new name."""
+        if self.folder is None or not os.path.exists(os.path.join(self.folder, "trace.jsonl")):
+            return None
+        number = next(n for n in itertools.count(1) if not os.path.exists(f"{self.folder}-{n}"))
+        os.rename(self.folder, f"{self.folder}-{number}")
+        return f"{self.folder}-{number}"
 
     def add(self, entry: Entry) -> None:
         self.trace.append(entry)

@@ -29,6 +29,8 @@ class Segment:
         momentum: momentum (SGD) or first beta (Adam family) at each step, or None to leave it alone.
         leaps: before this segment the run took up the end of a private probe (as beam search with several states does), which
             is not in the table: a replay has the same learning rates from here on, and other weights.
+        goes_on: it goes on with the training before it, cut into pieces by a ratchet: what the module's own schedulers do
+            (``on_scheduler="multiply"``) is counted from where that began.
     """
 
     num_steps: int
@@ -38,6 +40,7 @@ class Segment:
     back_to: int | None = None
     momentum: Schedule | None = None
     leaps: bool = False
+    goes_on: bool = False
 
     def __post_init__(self) -> None:
         replace_field(self, "num_steps", as_count("num_steps", self.num_steps))

@@ -56,6 +56,7 @@ class Fixed(AbstractSearch):
                 momentum=segment.momentum,
                 start=None if segment.back_to is None else states[segment.back_to],
                 keep_start=index in returned_to,
+                goes_on=segment.goes_on,
                 release=tuple(states.pop(i) for i in list(states) if i not in later),
                 stage=index,
                 label="replay",

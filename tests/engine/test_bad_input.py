@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -48,9 +50,60 @@ def test_schedule_arguments() -> None:
             ScheduleCallback(Constant(), peak_lr=peak_lr)
 
 
+def test_a_score_of_which_less_is_better() -> None:
+    with pytest.warns(UserWarning, match="takes less of 'val/acc' for better"):
+        Search(Stages(), monitor="val/acc")
+
+
+@pytest.mark.filterwarnings("ignore:.*this fit will run with no optimizer")
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (None, "Expected an optimizer, got none"),
+        ("own", "Expected a learning rate in each parameter group, got None in SGD"),
+    ],
+)
+def test_no_learning_rate(tmp_path: Path, optimizer: str | None, message: str) -> None:
+    class Own(Tiny):
+        def configure_optimizers(self) -> Any:
+            if optimizer is None:
+                return None
+            sgd = torch.optim.SGD(self.parameters(), lr=0.1)
+            sgd.param_groups[0]["lr"] = None
+            return sgd
+
+    with pytest.raises(ValueError, match=message):
+        fit_tiny(tmp_path, [Search(Stages())], Own())
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_epochs_of_unlike_numbers_of_batches(tmp_path: Path) -> None:
+    class Growing(LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return loader(24 * (1 + self.trainer.current_epoch))
+
+        def val_dataloader(self) -> Any:
+            return loader(12, False)
+
+    for epochs, steps in ((2, -1), (-1, 10)):
+        options = {"max_epochs": epochs, "max_steps": steps, "reload_dataloaders_every_n_epochs": 1}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit_tiny(tmp_path, [Search(Stages())], train=Growing(), val=False, **options)
+        said = [str(w.message) for w in caught if "has planned for 8 steps, epochs of 4 batches" in str(w.message)]
+        assert len(said) == (1 if steps == -1 else 0)
+
+
+def test_a_second_fit_keeps_the_record_of_the_first(tmp_path: Path) -> None:
+    for _ in range(3):
+        fit_tiny(tmp_path, [Search(Stages())])
+    assert sorted(path.name for path in tmp_path.glob("autolr*")) == ["autolr", "autolr-1", "autolr-2"]
+    assert all((path / "summary.json").exists() for path in tmp_path.glob("autolr*"))
+
+
 def test_unknown_monitor(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"Expected `validation_step` to log 'accuracy' .* logged \['val_loss'\]"):
-        fit_tiny(tmp_path, [Search(Stages(), monitor="accuracy")])
+    with pytest.raises(ValueError, match=r"Expected `validation_step` to log 'loss_b' .* logged \['val_loss'\]"):
+        fit_tiny(tmp_path, [Search(Stages(), monitor="loss_b")])
 
 
 def test_no_validation(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning_autolr import AutoLRSCallback, BeamSearchCallback, FactorSearchCallback, ScheduleCallback
 from lightning_autolr.core.requests import Train
 from lightning_autolr.engine.driver import SearchCallback
-from lightning_autolr.schedules import Constant, Rex
+from lightning_autolr.schedules import Constant, Rex, Tabulated
 from lightning_autolr.search.ratchet import Ratchet
 from tests.engine.small import Tiny, fit_tiny
 from tests.engine.test_unknown_end import Lrs
@@ -169,6 +169,25 @@ def test_module_schedulers_go_on_across_looks(tmp_path: Path) -> None:
     assert lrs[True] == lrs[False]
     assert lrs[True][0] == pytest.approx(1e-3)
     assert lrs[True][45] == pytest.approx(1e-5)
+
+
+def test_a_replay_has_the_module_schedulers_where_the_run_had_them(tmp_path: Path) -> None:
+    class PerStep(Tiny):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=self.lr)
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def weights(folder: Path, callback: SearchCallback) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        return list(fit_tiny(folder, [callback], module=PerStep(), max_steps=60)[1].parameters())
+
+    callback = AutoLRSCallback(on_scheduler="multiply", figures=False)
+    found = weights(tmp_path, callback)
+    assert sum(s.goes_on for s in callback.schedule) > 2
+    schedule = Tabulated.from_file(tmp_path / "autolr/schedule.json")
+    replayed = weights(tmp_path / "replay", ScheduleCallback(schedule, on_scheduler="multiply", figures=False))
+    assert all(torch.equal(a, b) for a, b in zip(found, replayed, strict=True))
 
 
 def test_an_undo_lowers_the_rate_for_good_when_the_end_is_unknown(tmp_path: Path) -> None:
