@@ -25,7 +25,7 @@ from lightning_autolr.engine.permute import permute_weights
 from lightning_autolr.engine.quiet import LogSink, deferred_signals, quiet
 from lightning_autolr.engine.ranks import gather, mean_over_ranks
 from lightning_autolr.engine.state import Fork, RandomState, take_gradients
-from lightning_autolr.engine.steps import private_step, steps_per_batch, to_device
+from lightning_autolr.engine.steps import index_in_epoch, private_step, steps_per_batch, to_device
 
 __all__ = ["ProbeOptions", "Prober"]
 
@@ -145,7 +145,13 @@ class Prober:
     def answer(self, request: Probe | LineProbe, new_id: str) -> ProbeResult | LineResult:
         """Answer one request; inside a session only."""
         self.note(request)
-        return self._probe(request, new_id) if isinstance(request, Probe) else answer_line_probe(self, request)
+        try:
+            return self._probe(request, new_id) if isinstance(request, Probe) else answer_line_probe(self, request)
+        except StopIteration as error:  # out of a hook it would look to the Trainer like the end of an epoch, for ever
+            raise RuntimeError(
+                "Expected private steps to end without an exception, got a StopIteration from the module: a `next(...)` "
+                "without a default found nothing. Give it one, or look at where the error above comes from."
+            ) from error
 
     def keep(self, new_id: str) -> None:
         """Keep the present state of the real run."""
@@ -208,7 +214,7 @@ class Prober:
         batches = [to_device(self.trainer, b) for b in self.draws.training(draw, step * count, count)]
         self.cost.steps += 1
         assert self._sink is not None
-        return private_step(self.trainer, batches, step * count, self._sink)
+        return private_step(self.trainer, batches, index_in_epoch(self.trainer, step), self._sink)
 
     def evaluate(self, request: Probe) -> list[float]:
         """Losses of the evaluation batches. Random numbers and train/eval flags are as before afterwards."""

@@ -44,6 +44,54 @@ def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
     )
 
 
+class _SilentLogger(DummyLogger):
+    """Looks like a logger, says where it writes, and writes nothing."""
+
+    def __init__(self, original: Any) -> None:
+        super().__init__()
+        self._original = original
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # what `isinstance` asks for
+        return type(self._original)
+
+    @property
+    def name(self) -> Any:
+        return self._original.name
+
+    @property
+    def version(self) -> Any:
+        return self._original.version
+
+    @property
+    def save_dir(self) -> Any:
+        return self._original.save_dir
+
+    @property
+    def root_dir(self) -> Any:
+        return getattr(self._original, "root_dir", None)
+
+    @property
+    def log_dir(self) -> Any:
+        return getattr(self._original, "log_dir", None)
+
+
+class _SilentCallback(Callback):
+    """Looks like a callback, for modules that ask the Trainer for one, and hears nothing: its hooks are those of the base."""
+
+    def __init__(self, original: Callback) -> None:
+        self._original = original
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # what `isinstance` asks for
+        return type(self._original)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # such as what `copy` and `pickle` look for
+            raise AttributeError(name)
+        return getattr(self._original, name)
+
+
 class SavedInSearchError(Exception):
     """The module asked for a checkpoint in the midst of a probe."""
 
@@ -75,9 +123,11 @@ def quiet(trainer: Any, module: nn.Module, heard_by: list[Callback]) -> Iterator
         stack.callback(put_back)
         # A new list, never a changed one: Lightning is iterating over the old one right now.
         # Progress bars stay: they draw from a thread of their own and look themselves up in it. No private step calls them.
-        trainer.callbacks = [*(c for c in callbacks if isinstance(c, ProgressBar)), *heard_by]
+        heard = [c for c in callbacks if isinstance(c, ProgressBar) or c in heard_by]
+        silent = [c if c in heard else _SilentCallback(c) for c in callbacks]
+        trainer.callbacks = [*silent, *(c for c in heard_by if c not in callbacks)]
         trainer.save_checkpoint = _refuse_to_save
-        trainer.loggers = [DummyLogger() for _ in loggers]
+        trainer.loggers = [_SilentLogger(logger) for logger in loggers]
         for loggable in loggables:
             loggable.__dict__["log"] = sink
         yield sink, waiting

@@ -7,6 +7,7 @@ They are made of strategy and module methods, so that none of the Trainer's coun
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,16 @@ from torch import Tensor
 from lightning_autolr.engine.compat import on_before_batch_transfer, takes_batch_idx, takes_dataloader_iter
 from lightning_autolr.engine.quiet import LogSink
 
-__all__ = ["loss_of", "private_step", "real_loss", "returned_loss", "steps_per_batch", "to_device", "training_step"]
+__all__ = [
+    "index_in_epoch",
+    "loss_of",
+    "private_step",
+    "real_loss",
+    "returned_loss",
+    "steps_per_batch",
+    "to_device",
+    "training_step",
+]
 
 
 def to_device(trainer: Any, batch: Any, dataloader_idx: int = 0) -> Any:
@@ -29,6 +39,13 @@ def to_device(trainer: Any, batch: Any, dataloader_idx: int = 0) -> Any:
 def steps_per_batch(trainer: Any) -> int:
     """Batches that one step takes: the accumulation under automatic, one under manual optimization."""
     return int(trainer.accumulate_grad_batches) if trainer.lightning_module.automatic_optimization else 1
+
+
+def index_in_epoch(trainer: Any, step: int) -> int:
+    """``batch_idx`` of a private step's first batch: it begins anew where an epoch's would."""
+    count, batches = steps_per_batch(trainer), trainer.num_training_batches
+    per_epoch = max(1, int(batches) // count) if batches != math.inf else step + 1
+    return step % per_epoch * count
 
 
 def private_step(trainer: Any, batches: Sequence[Any], first_idx: int, sink: LogSink) -> Tensor | None:
@@ -56,6 +73,7 @@ def _automatic(trainer: Any, batches: Sequence[Any], first_idx: int, sink: LogSi
     losses: list[Tensor | None] = []
     outputs: dict[str, Any] = {}
 
+    @torch.enable_grad()  # an optimizer may call its closure under `no_grad`
     def micro_step(offset: int) -> Tensor | None:
         nonlocal outputs
         output = training_step(trainer, batches[offset], first_idx + offset)
