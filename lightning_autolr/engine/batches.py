@@ -1,8 +1,9 @@
 """Batches for private steps: from clones of the user's loaders, so that the real stream is not consumed.
 
 A *draw* is a sequence of batches that depends on nothing but the seed and the draw's number (and, of a stream or a loader of
-the user's own, on where it stands). All probes of one draw get the same batches in the same order. They are kept in memory as
-they come from the loader (at most ``cache_bytes`` of them; the rest is loaded anew for each probe).
+the user's own, on where it stands). All probes of one draw get the same batches in the same order. Copies of them are kept in
+memory, since a loader may fill the same tensors anew for each; at most ``cache_bytes``, and the rest is loaded anew for each
+probe.
 """
 
 from __future__ import annotations
@@ -10,22 +11,25 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from lightning_autolr.engine import compat
 from lightning_autolr.engine.loaders import private_loader
-from lightning_autolr.engine.state import RandomState
+from lightning_autolr.engine.state import RandomState, is_foreign, slots_of
 
 _MIN_EVALUATIONS = 8
+_SHARED = (nn.Module, Dataset)  # what a batch may refer to, and is no part of it
 
-__all__ = ["Draws", "mix", "own_batch", "validation_batches"]
+__all__ = ["Draws", "mix", "own_batch", "unchanged", "validation_batches"]
 
 
 def mix(*numbers: int) -> int:
@@ -35,7 +39,53 @@ def mix(*numbers: int) -> int:
 
 def own_batch(batch: Any) -> Any:
     """A copy that a training step may write into without changing what the next candidate sees."""
-    return apply_to_collection(batch, Tensor, Tensor.clone)
+    memo: dict[int, Any] = {}
+    for part in _parts(batch):
+        if isinstance(part, Tensor):  # a deep copy would be of all the memory that a view is a part of
+            memo[id(part)] = part.clone()
+        elif isinstance(part, _SHARED):
+            memo[id(part)] = part
+    try:
+        return copy.deepcopy(batch, memo)
+    except (TypeError, ValueError, AttributeError, RuntimeError, copy.Error):  # something in it cannot be copied
+        return apply_to_collection(batch, Tensor, Tensor.clone)
+
+
+@contextmanager
+def unchanged(batch: Any) -> Iterator[None]:
+    """Put the contents of a batch back that change in the block.
+
+    A loader that fills the same tensors anew for each batch overwrites the one of the real step when private steps read it.
+    """
+    tensors = [t for t in _parts(batch) if isinstance(t, Tensor) and t.layout is torch.strided and not t.is_nested]
+    before = [t.detach().clone() for t in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, content in zip(tensors, before, strict=True):
+                if not torch.equal(
+                    tensor, content
+                ):  # nothing is written where nothing need be: memory may be read-only
+                    tensor.copy_(content)
+
+
+def _parts(batch: Any) -> Iterator[Any]:
+    """A batch and all that is in it, each object once: in collections, and in attributes of the user's classes."""
+    waiting, seen = [batch], dict[int, Any]()
+    while waiting:
+        part = waiting.pop()
+        if part is None or isinstance(part, (str, bytes, int, float)) or id(part) in seen:
+            continue
+        seen[id(part)] = part
+        yield part
+        if isinstance(part, Mapping):
+            waiting.extend(part.values())
+        elif isinstance(part, (list, tuple, set)):
+            waiting.extend(part)
+        elif not isinstance(part, (Tensor, type, *_SHARED)) and not is_foreign(type(part)):
+            waiting.extend(getattr(part, "__dict__", {}).values())
+            waiting.extend(getattr(part, name, None) for name, _ in slots_of(part))
 
 
 class Draws:
@@ -154,6 +204,7 @@ class _Batches:
             batch = self._randomness.run(lambda: next(self._stream))
             self._position += 1
             if self._position == len(self._kept) + 1 and (size := _num_bytes(batch)) <= self._budget:
+                batch = own_batch(batch)
                 self._kept.append(batch)
                 self._budget -= size
             if self._position == index + 1:
@@ -176,9 +227,9 @@ class _Batches:
 
 
 def _num_bytes(batch: Any) -> int:
-    sizes: list[int] = []
-    apply_to_collection(batch, Tensor, lambda t: sizes.append(t.numel() * t.element_size()))
-    return sum(sizes)
+    parts = list(_parts(batch))
+    tensors = sum(part.numel() * part.element_size() for part in parts if isinstance(part, Tensor))
+    return tensors + sum(part.nbytes for part in parts if isinstance(part, np.ndarray))
 
 
 def validation_batches(trainer: Any, count: int | None, loaders: list[Any], seed: int) -> list[tuple[Any, int, int]]:
@@ -192,7 +243,7 @@ def validation_batches(trainer: Any, count: int | None, loaders: list[Any], seed
 
     def load() -> list[tuple[Any, int, int]]:
         return [
-            (batch, i, number)
+            (own_batch(batch), i, number)
             for number, loader in enumerate(loaders)
             for i, batch in enumerate(_first(private_loader(loader, mix(seed), 0, 0, {}), counts[number]))
         ]

@@ -187,7 +187,7 @@ class SearchCallback(Callback):
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self._live is not None:
-            self._live.before_batch(batch_idx)
+            self._live.before_batch(batch, batch_idx)
 
     @override
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
@@ -202,7 +202,7 @@ class SearchCallback(Callback):
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._live is not None:
-            self._live.after_batch(outputs, batch_idx)
+            self._live.after_batch(outputs, batch, batch_idx)
 
     @override
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

@@ -25,6 +25,7 @@ from lightning_autolr.core.requests import (
 )
 from lightning_autolr.engine import compat
 from lightning_autolr.engine.announce import Announcer
+from lightning_autolr.engine.batches import unchanged
 from lightning_autolr.engine.checks import record_folder
 from lightning_autolr.engine.conversation import Conversation
 from lightning_autolr.engine.kept import KeptStates
@@ -163,14 +164,14 @@ class LiveSearch:
 
     # -- one step of the real training ------------------------------------------------------------------------------
 
-    def before_batch(self, batch_idx: int) -> None:
+    def before_batch(self, batch: Any, batch_idx: int) -> None:
         """Search, if it is time to, and set the learning rate."""
         self._step_before = self.trainer.global_step
         if batch_idx % steps_per_batch(self.trainer):
             return
         if not self._is_warm:
-            self._warm_up()
-        active = self._active or self._next_segment()
+            self._warm_up(batch)
+        active = self._active or self._next_segment(batch)
         self.lr.set(active.lr, active.momentum)
         self.lr.show()
         scalars = {"autolr/lr": self.lr.value, "autolr/stage": float(active.train.stage)}
@@ -182,7 +183,7 @@ class LiveSearch:
         if self._active is not None:
             self._active.measure_gradients(self.trainer, optimizer)
 
-    def after_batch(self, outputs: Any, batch_idx: int) -> None:
+    def after_batch(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the step, and look at its loss where somebody wants to know."""
         trainer, active = self.trainer, self._active
         if active is None:
@@ -206,7 +207,8 @@ class LiveSearch:
             if active.is_finished or status is Status.DIVERGED:
                 self._finish(status)
             if status is Status.DIVERGED and not ends:
-                self._next_segment()  # at once: whoever validates or saves after this batch shall not meet broken weights
+                # At once: whoever validates or saves after this batch shall not meet broken weights.
+                self._next_segment(batch)
 
     @property
     def trained(self) -> int:
@@ -216,13 +218,13 @@ class LiveSearch:
 
     # -- what the search asks for -----------------------------------------------------------------------------------
 
-    def _next_segment(self) -> ActiveSegment:
-        """Answer probes until the search asks for real training, and begin it."""
+    def _next_segment(self, batch: Any) -> ActiveSegment:
+        """Answer probes until the search asks for real training, and begin it; ``batch`` is the one of the real step."""
         request = self._conversation.next()
         if isinstance(request, (Probe, LineProbe)):
             begun = time.perf_counter()
             while isinstance(request, (Probe, LineProbe)):
-                with self._prober.session() as fingerprint:
+                with unchanged(batch), self._prober.session() as fingerprint:
                     while isinstance(request, (Probe, LineProbe)):
                         self._conversation.tell(*self._answer(request, fingerprint))
                         request = self._conversation.next()
@@ -268,13 +270,13 @@ class LiveSearch:
         answer = TrainResult(tuple(active.losses), status, active.start, tuple(active.grad_norms), left)
         self._conversation.tell(active.train, answer, active.global_step, time.perf_counter() - active.begun)
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, batch: Any) -> None:
         """One private step that is thrown away.
 
         DistributedDataParallel rebuilds its gradient buckets after the first backward, which changes the order of sums over
         three and more ranks. Made in every run, with and without search, it makes both round alike.
         """
-        with self._prober.session():
+        with unchanged(batch), self._prober.session():
             self._prober.answer(Probe(lr=self.lr.reference, num_steps=1, evaluate="none", label="warm-up"), "warm-up")
         self.cost.steps -= 1
         self._is_warm = True

@@ -14,9 +14,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from types import SimpleNamespace
+from types import MemberDescriptorType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,18 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_autolr.engine.compat import OWNERS, float_of_sums, is_view, local_tensor, reshard
 from lightning_autolr.engine.files import Store
 
-__all__ = ["Fork", "RandomState", "take_gradients"]
+__all__ = ["Fork", "RandomState", "is_foreign", "slots_of", "take_gradients"]
 
 # Not part of a training state: who owns the module, and the sink that stands in for `log` while a search is running.
 _LEFT_ALONE = OWNERS | {"log"}
+# Whose objects are no records of a user's: their own code knows what is in them, or they are seen to above.
+_FOREIGN = sys.stdlib_module_names | {
+    "PIL", "dgl", "lightning", "lightning_autolr", "lightning_fabric", "lightning_utilities", "mlflow", "numpy", "omegaconf",
+    "pandas", "pytorch_lightning", "tensorboard", "tensorboardX", "tokenizers", "torch", "torch_geometric", "torchmetrics",
+    "torchvision", "transformers", "triton", "wandb",
+}  # fmt: skip
+_UNSET = object()  # what a slot holds that was never set
+_NEUTRAL = {"abc", "collections.abc", "typing"}  # bases that bring no state along
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size)
 _WALKED = (nn.Module, Optimizer, LRScheduler, torch.amp.GradScaler, SimpleNamespace)
 
@@ -111,8 +120,10 @@ class _Walk:
         elif isinstance(obj, tuple):
             self._visit_all(obj)
         elif isinstance(obj, _WALKED) or (dataclasses.is_dataclass(obj) and not isinstance(obj, type)):
-            self._visit_dict(vars(obj) if hasattr(obj, "__dict__") else {}, _LEFT_ALONE)
+            self._visit_attributes(obj, _LEFT_ALONE)
             self._visit_own_state(obj)
+        elif _is_record(obj):
+            self._visit_attributes(obj, OWNERS)
         elif (state := _opaque_state(obj)) is not None:
             self.put_back.append(state)
 
@@ -150,6 +161,22 @@ class _Walk:
         for value in items.values():
             self.visit(value)
 
+    def _visit_attributes(self, obj: Any, left_alone: frozenset[str]) -> None:
+        self._visit_dict(vars(obj) if hasattr(obj, "__dict__") else {}, left_alone)
+        for name, slot in slots_of(obj):
+            if name not in left_alone:
+                self._visit_slot(obj, slot)
+
+    def _visit_slot(self, obj: Any, slot: MemberDescriptorType) -> None:
+        value = _read(slot, obj)
+
+        def put_back() -> None:  # past the `__setattr__` of a frozen class
+            if _read(slot, obj) is not value:
+                slot.__delete__(obj) if value is _UNSET else slot.__set__(obj, value)
+
+        self.put_back.append(put_back)
+        self.visit(value)
+
     def _visit_sequence(self, obj: Any) -> None:
         items = list(obj)
 
@@ -170,6 +197,42 @@ class _Walk:
         if hasattr(obj, "autolr_state_dict"):
             saved = copy.deepcopy(obj.autolr_state_dict())
             self.put_back.append(lambda: obj.autolr_load_state_dict(copy.deepcopy(saved)))
+
+
+def is_foreign(kind: type) -> bool:
+    """Whether a class comes from Python, torch, Lightning or one of the packages around them."""
+    return kind.__module__.partition(".")[0] in _FOREIGN
+
+
+def slots_of(obj: Any) -> Iterator[tuple[str, MemberDescriptorType]]:
+    """Name and descriptor of each attribute that is declared in ``__slots__``."""
+    for kind in type(obj).__mro__:
+        if "__slots__" in vars(kind):
+            for name, slot in vars(kind).items():
+                if isinstance(slot, MemberDescriptorType):
+                    yield name, slot
+
+
+def _is_record(obj: Any) -> bool:
+    """Whether an object is a plain one of a user's class, such as a meter or a moving average of the weights.
+
+    Not one that is made on a class of somebody else, such as a dataset or a callback. And not one that holds an iterator or an
+    open file: where that stands cannot be put back, and counters put back beside it would no longer tell where it stands.
+    """
+    kind = type(obj)
+    if is_foreign(kind) or isinstance(obj, type):
+        return False
+    if any(is_foreign(base) and base is not object and base.__module__ not in _NEUTRAL for base in kind.__mro__):
+        return False
+    held = [*(vars(obj).values() if hasattr(obj, "__dict__") else ()), *(_read(slot, obj) for _, slot in slots_of(obj))]
+    return not any(isinstance(value, Iterator) for value in held)
+
+
+def _read(slot: MemberDescriptorType, obj: Any) -> Any:
+    try:
+        return slot.__get__(obj)
+    except AttributeError:
+        return _UNSET
 
 
 def _set_shape(tensor: Tensor, shape: torch.Size) -> None:

@@ -403,3 +403,76 @@ def test_sums_are_made_in_what_the_device_has(name: str, monkeypatch: pytest.Mon
     else:
         assert line._squares([torch.ones(3)]) == 3.0
     assert asked
+
+
+class Average:
+    """A moving average of weights, as a user writes one."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.shadow = [p.detach().clone() for p in module.parameters()]
+        self.num_updates = 0
+
+
+class Slotted:
+    __slots__ = ("count", "items", "late")
+
+    def __init__(self) -> None:
+        self.count, self.items = 0, [0]
+
+
+@dataclass(slots=True)
+class SlottedNote(Note):
+    extra: Any = None
+
+
+@pytest.mark.parametrize("kind", [Slotted, SlottedNote, lambda: SlottedNote(extra=Slotted())])
+def test_objects_of_the_users_classes_are_put_back(kind: Any) -> None:
+    module, opt = module_of(None)
+    module.average, module.held = Average(module), {"one": (kind(),)}
+    average, held = module.average, module.held["one"][0]
+    shadow, items = average.shadow, held.items
+    first = [t.clone() for t in shadow]
+    fork = Fork([module, opt], MemoryStore())
+    fork.capture()
+    for _ in range(2):
+        for tensor in shadow:
+            tensor.fill_(float("nan"))
+        average.shadow, average.num_updates, average.new = [], 3, 1
+        held.count += 1
+        items.append(7)
+        held.items = None
+        if kind is Slotted:
+            held.late = 1
+        fork.restore()
+        assert module.average is average
+        assert average.shadow is shadow
+        assert all(torch.equal(a, b) for a, b in zip(shadow, first, strict=True))
+        assert vars(average).keys() == {"module", "shadow", "num_updates"}
+        assert average.num_updates == 0
+        assert (held.count, held.items) == (0, items)
+        assert len(items) == (kind is Slotted)
+        assert not hasattr(held, "late")
+
+
+class _Cycle:
+    """Knows where its iterator stands, which cannot be put back."""
+
+    def __init__(self) -> None:
+        self.iterator, self.position = iter(range(100)), 0
+
+
+class _Points(torch.utils.data.Dataset):
+    def __init__(self) -> None:
+        self.reads = 0
+
+
+@pytest.mark.parametrize(("kind", "name"), [(_Cycle, "position"), (_Points, "reads")])
+def test_objects_that_cannot_be_put_back_are_left_alone(kind: Any, name: str) -> None:
+    module, _ = module_of(None)
+    module.held = kind()
+    fork = Fork([module], MemoryStore())
+    fork.capture()
+    setattr(module.held, name, 5)
+    fork.restore()
+    assert getattr(module.held, name) == 5

@@ -1,0 +1,153 @@
+"""Batches of private steps are their own: whatever a loader or a step does to them, the next one gets them as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_autolr.core.requests import Probe
+from lightning_autolr.engine import batches
+from lightning_autolr.engine.batches import own_batch, unchanged
+from tests.engine.small import Stages, Tiny, fit_tiny
+from tests.engine.subjects import NoisyData, Search
+
+
+class Reused:
+    """A loader that fills the same two tensors anew for each batch."""
+
+    def __init__(self, size: int = 24) -> None:
+        self.data = NoisyData(size, jitter=False)
+        self.x, self.y = torch.empty(6, 8), torch.empty(6, dtype=torch.long)
+
+    def __len__(self) -> int:
+        return len(self.data) // 6
+
+    def __iter__(self) -> Iterator[Any]:
+        for first in range(0, len(self.data) - 5, 6):
+            self.x.copy_(self.data.x[first : first + 6])
+            self.y.copy_(self.data.y[first : first + 6])
+            yield self.x, self.y
+
+
+class Pair:
+    """A batch of a user's own class."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+
+    def to(self, *args: Any, **kwargs: Any) -> Pair:
+        self.x, self.y = self.x.to(*args, **kwargs), self.y.to(*args, **kwargs)
+        return self
+
+
+class SlottedPair:
+    __slots__ = ("x", "y")
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+
+
+@dataclass(frozen=True)
+class FrozenPair:
+    x: Tensor
+    y: Tensor
+
+
+class Halving(Tiny):
+    """Its steps write into the batch."""
+
+    def loss(self, batch: Any) -> Tensor:
+        batch.x.mul_(0.5)
+        return super().loss((batch.x, batch.y))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch), batch_size=6)
+
+
+class Seen(Callback):
+    """The training batches of the real steps, as the steps get them."""
+
+    def __init__(self) -> None:
+        self.batches: list[Tensor] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self.batches.append(batch[0].clone())
+
+
+def test_loader_that_uses_its_memory_again(tmp_path: Path) -> None:
+    """Each batch of a draw is another, and so is the real batch that the Trainer holds meanwhile."""
+    trained: list[float] = []
+    validated: list[float] = []
+
+    class Watched(Tiny):
+        def loss(self, batch: Any) -> Tensor:
+            (trained if self.training else validated).append(float(batch[0].sum()))
+            return super().loss(batch)
+
+    search, seen = Search(Stages(lrs=(0.1, 0.01, 0.02), probe_steps=4)), Seen()
+    fit_tiny(tmp_path, [search, seen], Watched(), Reused(), Reused(12), num_sanity_val_steps=0)
+    real = [float(x.sum()) for x, _ in Reused()]
+    assert [float(x.sum()) for x in seen.batches] == [*real, *real[:2]]
+    assert len(set(trained[:4])) == 4
+    assert trained[:4] == trained[4:8] == trained[8:12]
+    parts = [float(x.sum()) for batch, _ in Reused(12) for x in batch.split(2)]
+    assert validated[: len(parts)] == pytest.approx(parts)
+
+
+@pytest.mark.parametrize("kind", [Pair, SlottedPair])
+def test_step_that_writes_into_a_batch_of_the_users_class(kind: Any, tmp_path: Path) -> None:
+    def collate(rows: list[Any]) -> Any:
+        return kind(torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows]))
+
+    train, val = (DataLoader(NoisyData(n, jitter=False), batch_size=6, collate_fn=collate) for n in (24, 12))
+    search = Search(Stages(lrs=(0.1, 0.1, 0.1)))
+    fit_tiny(tmp_path, [search], Halving(), train, val, num_sanity_val_steps=0)
+    answers = [e.answer for e in search.trace if isinstance(e.request, Probe) and e.request.stage == 0]
+    assert len({(a.losses, a.evaluations) for a in answers}) == 1
+    assert len(answers) == 3
+
+
+def test_own_batch_is_a_whole_copy() -> None:
+    x, y = torch.arange(4.0), torch.arange(2)
+    data, layer = TensorDataset(x), nn.Linear(1, 1)
+    batch = {"pairs": [Pair(x, y), SlottedPair(x, y), FrozenPair(x, y)], "array": x.numpy(), "name": "a"}
+    batch["pairs"][0].data, batch["pairs"][0].layer = data, layer
+    copied = own_batch(batch)
+    x.zero_()
+    for pair in copied["pairs"]:
+        assert pair.x.tolist() == [0, 1, 2, 3]
+    assert copied["array"].tolist() == [0, 1, 2, 3]
+    assert copied["pairs"][0].data is data
+    assert copied["pairs"][0].layer is layer
+
+
+def test_own_batch_of_a_view_is_no_larger() -> None:
+    view = torch.zeros(1000)[:2]
+    copied = own_batch(Pair(view, view))
+    assert copied.x.untyped_storage().nbytes() == 8
+    assert batches._num_bytes(Pair(view, view.clone())) == 16
+
+
+def test_own_batch_where_something_cannot_be_copied() -> None:
+    x = torch.ones(2)
+    opened = (i for i in range(3))
+    copied = own_batch([x, opened])
+    assert copied[0] is not x
+    assert copied[1] is opened
+
+
+def test_unchanged_writes_only_what_changed() -> None:
+    x, y = torch.ones(2), torch.ones(2)
+    version = y._version
+    with unchanged([Pair(x, y), None, "text"]):
+        x.zero_()
+    assert x.tolist() == [1, 1]
+    assert y._version == version
