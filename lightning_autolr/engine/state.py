@@ -64,8 +64,7 @@ class Fork:
         """Copy the present state, into the buffers of the last capture where they fit."""
         reshard(self._roots)
         walk = _Walk()
-        for root in self._roots:
-            walk.visit(root)
+        walk.visit_roots(self._roots)
         self._tensors, self._put_back = walk.tensors, walk.put_back
         self._store.save([_storage_view(t) for t in self._tensors])
 
@@ -106,6 +105,13 @@ class _Walk:
         self.tensors: list[Tensor] = []
         self.put_back: list[Callable[[], object]] = []
         self._seen: dict[int, object] = {}  # keeps the objects alive, so that ids stay theirs
+        self._records: list[object] = []  # still to be entered
+
+    def visit_roots(self, roots: Iterable[object]) -> None:
+        for root in roots:
+            self.visit(root)
+        while self._records:  # one by one: a chain of them may be longer than Python's stack
+            self._visit_attributes(self._records.pop(), OWNERS)
 
     def visit(self, obj: Any) -> None:
         if isinstance(obj, _PLAIN) or id(obj) in self._seen:
@@ -123,7 +129,7 @@ class _Walk:
             self._visit_attributes(obj, _LEFT_ALONE)
             self._visit_own_state(obj)
         elif _is_record(obj):
-            self._visit_attributes(obj, OWNERS)
+            self._records.append(obj)
         elif (state := _opaque_state(obj)) is not None:
             self.put_back.append(state)
 

@@ -110,6 +110,13 @@ def make_optimizer(name: str, groups: Any, tensor_lr: bool = False) -> torch.opt
     return torch.optim.Adam(groups, lr=lr, amsgrad=True)
 
 
+class Meter:
+    """A plain object of a user's class."""
+
+    def __init__(self) -> None:
+        self.count, self.total = 0, torch.zeros(())
+
+
 class Subject(LightningModule):
     """A small classifier that keeps state wherever a module can keep it."""
 
@@ -132,6 +139,7 @@ class Subject(LightningModule):
         self.count = 0
         self.history: list[float] = []
         self.notes: dict[str, Any] = {"seen": 0, "array": np.zeros(2)}
+        self.meter = Meter()
         self.own_generator = torch.Generator().manual_seed(3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,6 +158,8 @@ class Subject(LightningModule):
         self.running += torch.bincount(y, minlength=3)
         self.notes["seen"] += len(y)
         self.notes["array"] += 1
+        self.meter.count += 1
+        self.meter.total += loss.detach()
         self.accuracy(scores, y)
         self.metrics.update(scores.float(), y)
         self.log("train_loss", loss, on_step=True, on_epoch=True, batch_size=len(y))
@@ -357,7 +367,13 @@ def outcome(trainer: Any, module: Subject, spy: Spy, ema: Any, folder: Path) -> 
     return {
         "weights": dict(module.named_parameters()),
         "buffers": dict(module.named_buffers()),
-        "attributes": [module.count, module.history, module.notes, module.own_generator.get_state()],
+        "attributes": [
+            module.count,
+            module.history,
+            module.notes,
+            vars(module.meter),
+            module.own_generator.get_state(),
+        ],
         "metric states": [m.metric_state for m in (module.accuracy, module.val_accuracy)],
         "optimizers": [o.state_dict() for o in trainer.optimizers],
         "ema": ema.state_dict(),

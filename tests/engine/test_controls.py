@@ -16,7 +16,7 @@ from torchmetrics import Metric
 from lightning_autolr.callbacks.schedule import ScheduleCallback
 from lightning_autolr.engine import batches, quiet, state
 from lightning_autolr.schedules import Tabulated
-from tests.engine.subjects import Options, Scripted, Search, Subject, differences, fit
+from tests.engine.subjects import Meter, Options, Scripted, Search, Subject, differences, fit
 
 Patch = pytest.MonkeyPatch
 
@@ -103,6 +103,7 @@ CONTROLS: dict[str, tuple[Options, Callable[[Patch], None]]] = {
     "optimizer state": (Options(), _without_roots(torch.optim.Optimizer)),
     "scaler": (_SCALED, _without_roots(torch.amp.GradScaler)),
     "module attributes": (Options(), _left_alone("count", "history", "notes")),
+    "objects of the user's classes": (Options(), _not_visiting(lambda obj: isinstance(obj, Meter))),
     "module's own generator": (Options(), _not_visiting(lambda obj: isinstance(obj, torch.Generator))),
     "metric states": (Options(), _not_visiting(lambda obj: isinstance(obj, Metric))),
     "non-persistent buffers": (Options(), _persistent_buffers_only),

@@ -455,6 +455,23 @@ def test_objects_of_the_users_classes_are_put_back(kind: Any) -> None:
         assert not hasattr(held, "late")
 
 
+class _Node:
+    def __init__(self, after: _Node | None) -> None:
+        self.after, self.count = after, 0
+
+
+def test_long_chains_of_objects() -> None:
+    module, _ = module_of(None)
+    module.held = first = _Node(None)
+    for _ in range(5000):
+        module.held = _Node(module.held)
+    fork = Fork([module], MemoryStore())
+    fork.capture()
+    first.count = 1
+    fork.restore()
+    assert first.count == 0
+
+
 class _Cycle:
     """Knows where its iterator stands, which cannot be put back."""
 
