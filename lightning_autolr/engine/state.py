@@ -1,7 +1,7 @@
 """Capture a training state and put it back, bit for bit, into the very same objects.
 
-A *fork* walks everything that training can change (modules with all their buffers and plain attributes, optimizers,
-learning-rate schedulers, the gradient scaler), copies what it finds into buffers that are used again for the next fork, and
+A *fork* walks everything that training can change (modules with all their buffers and plain attributes, the plain objects of
+the user's classes among them, optimizers, learning-rate schedulers, the gradient scaler), copies what it finds into buffers that are used again for the next fork, and
 on restore puts the original objects back with their contents restored in place. Aliases therefore survive: the metric
 compute groups of torchmetrics, learning rates that are tensors, what a compiled graph guards or a CUDA graph captured.
 
