@@ -1,9 +1,10 @@
 """Capture a training state and put it back, bit for bit, into the very same objects.
 
 A *fork* walks everything that training can change (modules with all their buffers and plain attributes, the plain objects of
-the user's classes among them, optimizers, learning-rate schedulers, the gradient scaler), copies what it finds into buffers that are used again for the next fork, and
-on restore puts the original objects back with their contents restored in place. Aliases therefore survive: the metric
-compute groups of torchmetrics, learning rates that are tensors, what a compiled graph guards or a CUDA graph captured.
+the user's classes among them, optimizers, learning-rate schedulers, the gradient scaler), copies what it finds into buffers
+that are used again for the next fork, and on restore puts the original objects back with their contents restored in place.
+Aliases therefore survive: the metric compute groups of torchmetrics, learning rates that are tensors, what a compiled graph
+guards or a CUDA graph captured.
 
 ``load_state_dict`` is not used: for an optimizer it aliases the saved tensors, casts them to the parameter's dtype and
 replaces the live ones; and what is not in a state dict (non-persistent buffers, metric states, counters) would be lost.
@@ -35,10 +36,11 @@ __all__ = ["Fork", "RandomState", "is_foreign", "slots_of", "take_gradients"]
 _LEFT_ALONE = OWNERS | {"log"}
 # Whose objects are no records of a user's: their own code knows what is in them, or they are seen to above.
 _FOREIGN = sys.stdlib_module_names | {
-    "PIL", "dgl", "lightning", "lightning_autolr", "lightning_fabric", "lightning_utilities", "mlflow", "numpy", "omegaconf",
-    "pandas", "pytorch_lightning", "tensorboard", "tensorboardX", "tokenizers", "torch", "torch_geometric", "torchmetrics",
+    "PIL", "lightning", "lightning_autolr", "lightning_fabric", "lightning_utilities", "mlflow", "numpy", "omegaconf",
+    "pandas", "pytorch_lightning", "tensorboard", "tensorboardX", "tokenizers", "torch", "torchmetrics",
     "torchvision", "transformers", "triton", "wandb",
 }  # fmt: skip
+_DATA = {"dgl", "torch_geometric"}  # their objects are data, perhaps large: of a batch, but no state of a module
 _UNSET = object()  # what a slot holds that was never set
 _NEUTRAL = {"abc", "collections.abc", "typing"}  # bases that bring no state along
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size)
@@ -228,7 +230,8 @@ def _is_record(obj: Any) -> bool:
     kind = type(obj)
     if is_foreign(kind) or isinstance(obj, type):
         return False
-    if any(is_foreign(base) and base is not object and base.__module__ not in _NEUTRAL for base in kind.__mro__):
+    bases = [base for base in kind.__mro__ if base is not object and base.__module__ not in _NEUTRAL]
+    if any(is_foreign(base) or base.__module__.partition(".")[0] in _DATA for base in bases):
         return False
     held = [*(vars(obj).values() if hasattr(obj, "__dict__") else ()), *(_read(slot, obj) for _, slot in slots_of(obj))]
     return not any(isinstance(value, Iterator) for value in held)

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_autolr.core.requests import Probe
 from lightning_autolr.engine import batches
 from lightning_autolr.engine.batches import own_batch, unchanged
+from lightning_autolr.engine.files import MemoryStore
+from lightning_autolr.engine.state import Fork
 from tests.engine.small import Stages, Tiny, fit_tiny
 from tests.engine.subjects import NoisyData, Search
 
@@ -134,6 +136,17 @@ def test_own_batch_of_a_view_is_no_larger() -> None:
     copied = own_batch(Pair(view, view))
     assert copied.x.untyped_storage().nbytes() == 8
     assert batches._num_bytes(Pair(view, view.clone())) == 16
+
+
+def test_graphs_of_a_library_are_part_of_a_batch_and_no_state_of_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of PyTorch Geometric, which the tests do without."""
+    monkeypatch.setattr(Pair, "__module__", "torch_geometric.data")
+    module = nn.Module()
+    module.graph = Pair(torch.zeros(100), torch.zeros(100))
+    assert batches._num_bytes(module.graph) == 800
+    fork = Fork([module], MemoryStore())
+    fork.capture()
+    assert fork.num_bytes == 0
 
 
 def test_own_batch_where_something_cannot_be_copied() -> None:
