@@ -53,6 +53,7 @@ def fit(folder: Path, callbacks: list[Callback], module: Any, ckpt_path: Any = N
     return trainer, module
 
 
+@pytest.mark.filterwarnings("ignore:.* took back")
 def test_an_undo_to_before_a_weight_averaging_began(tmp_path: Path) -> None:
     callback = guarded()
     trainer, _ = fit(tmp_path, [callback, averaging()], Plain(), enable_checkpointing=False)
@@ -87,6 +88,7 @@ def outcome(trainer: Any, module: Any) -> dict[str, Any]:
     return {"weights": module.state_dict(), "optimizer": optimizer, "trained": trained}
 
 
+@pytest.mark.filterwarnings("ignore:.* took back")
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:Checkpoint directory")
 @pytest.mark.parametrize("make", [lambda: (Finetuned(), Unfreeze()), lambda: (Plain(), averaging())])
 def test_resumes_where_a_kept_state_is_from_before(tmp_path: Path, make: Any) -> None:

@@ -32,6 +32,7 @@ class Survives(Tiny):
                 parameter.grad.nan_to_num_(0)
 
 
+@pytest.mark.filterwarnings("ignore:.* took back")
 @pytest.mark.parametrize(
     ("at", "every", "message"),
     [(3, 7, "not finite, in step 3 of a candidate at learning rate"), (30, 100, "not finite, in step 30. ")],

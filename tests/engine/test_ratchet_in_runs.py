@@ -190,6 +190,15 @@ def test_a_replay_has_the_module_schedulers_where_the_run_had_them(tmp_path: Pat
     assert all(torch.equal(a, b) for a, b in zip(found, replayed, strict=True))
 
 
+def test_a_run_of_which_nothing_was_kept_is_warned_of(tmp_path: Path) -> None:
+    class Worse(Tiny):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", float(self.trainer.global_step))
+
+    with pytest.warns(UserWarning, match="took back 59 of 60 steps: nothing after them was better"):
+        fit_tiny(tmp_path, [guarded()], Worse(), max_steps=60)
+
+
 def test_an_undo_lowers_the_rate_for_good_when_the_end_is_unknown(tmp_path: Path) -> None:
     callback = AutoLRSCallback(tau=50, num_candidates=1, min_lr=0.05, max_lr=0.05, figures=False)
     with warnings.catch_warnings():
