@@ -192,8 +192,14 @@ def test_a_replay_has_the_module_schedulers_where_the_run_had_them(tmp_path: Pat
 
 def test_a_run_of_which_nothing_was_kept_is_warned_of(tmp_path: Path) -> None:
     class Worse(Tiny):
+        steps = 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            self.steps += 1
+            return super().training_step(batch, batch_idx)
+
         def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self.log("val_loss", float(self.trainer.global_step))
+            self.log("val_loss", float(self.steps))
 
     with pytest.warns(UserWarning, match="took back 59 of 60 steps: nothing after them was better"):
         fit_tiny(tmp_path, [guarded()], Worse(), max_steps=60)
