@@ -64,9 +64,7 @@ def unchanged(batch: Any) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for tensor, content in zip(tensors, before, strict=True):
-                if not torch.equal(
-                    tensor, content
-                ):  # nothing is written where nothing need be: memory may be read-only
+                if not torch.equal(tensor, content):  # memory may be read-only: written only where need be
                     tensor.copy_(content)
 
 
