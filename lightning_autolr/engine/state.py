@@ -41,6 +41,11 @@ _FOREIGN = sys.stdlib_module_names | {
     "torchvision", "transformers", "triton", "wandb",
 }  # fmt: skip
 _DATA = {"dgl", "torch_geometric"}  # their objects are data, perhaps large: of a batch, but no state of a module
+# Who holds something of these is alive beside the training (a tracker's client, a pool of workers): let it be.
+_LIVE = {
+    "_queue", "_thread", "asyncio", "concurrent", "ctypes", "multiprocessing", "queue", "selectors", "socket", "sqlite3", "ssl",
+    "subprocess", "threading",
+}  # fmt: skip
 _UNSET = object()  # what a slot holds that was never set
 _NEUTRAL = {"abc", "collections.abc", "typing"}  # bases that bring no state along
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size)
@@ -224,8 +229,8 @@ def slots_of(obj: Any) -> Iterator[tuple[str, MemberDescriptorType]]:
 def _is_record(obj: Any) -> bool:
     """Whether an object is a plain one of a user's class, such as a meter or a moving average of the weights.
 
-    Not one that is made on a class of somebody else, such as a dataset or a callback. And not one that holds an iterator or an
-    open file: where that stands cannot be put back, and counters put back beside it would no longer tell where it stands.
+    Not one that is made on a class of somebody else, such as a dataset or a callback. And not one that holds an iterator, an
+    open file, a lock or a thread: where these stand cannot be put back, and counters put back beside them would be wrong.
     """
     kind = type(obj)
     if is_foreign(kind) or isinstance(obj, type):
@@ -234,7 +239,7 @@ def _is_record(obj: Any) -> bool:
     if any(is_foreign(base) or base.__module__.partition(".")[0] in _DATA for base in bases):
         return False
     held = [*(vars(obj).values() if hasattr(obj, "__dict__") else ()), *(_read(slot, obj) for _, slot in slots_of(obj))]
-    return not any(isinstance(value, Iterator) for value in held)
+    return not any(isinstance(v, Iterator) or type(v).__module__.partition(".")[0] in _LIVE for v in held)
 
 
 def _read(slot: MemberDescriptorType, obj: Any) -> Any:
@@ -256,6 +261,8 @@ def _set_requires_grad(tensor: Tensor, flag: bool) -> None:
 
 def _opaque_state(obj: Any) -> Callable[[], object] | None:
     """How to put back an object whose state is reached through its own methods; None for what is left alone."""
+    if isinstance(obj, np.memmap) or (isinstance(obj, np.ndarray) and not obj.flags.writeable):
+        return None  # a file, perhaps a large one; or nothing that training could change
     if isinstance(obj, np.ndarray):
         array = obj.copy()
         return lambda: np.copyto(obj, array)

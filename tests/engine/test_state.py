@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -479,12 +481,19 @@ class _Cycle:
         self.iterator, self.position = iter(range(100)), 0
 
 
+class _Client:
+    """Sends from a thread of its own what it was given."""
+
+    def __init__(self) -> None:
+        self.lock, self.sent = threading.Lock(), 0
+
+
 class _Points(torch.utils.data.Dataset):
     def __init__(self) -> None:
         self.reads = 0
 
 
-@pytest.mark.parametrize(("kind", "name"), [(_Cycle, "position"), (_Points, "reads")])
+@pytest.mark.parametrize(("kind", "name"), [(_Cycle, "position"), (_Client, "sent"), (_Points, "reads")])
 def test_objects_that_cannot_be_put_back_are_left_alone(kind: Any, name: str) -> None:
     module, _ = module_of(None)
     module.held = kind()
@@ -493,3 +502,14 @@ def test_objects_that_cannot_be_put_back_are_left_alone(kind: Any, name: str) ->
     setattr(module.held, name, 5)
     fork.restore()
     assert getattr(module.held, name) == 5
+
+
+def test_arrays_that_nobody_writes_into_are_not_copied(tmp_path: Path) -> None:
+    module, _ = module_of(None)
+    np.arange(8.0).tofile(tmp_path / "data.bin")
+    module.held = {"file": np.memmap(tmp_path / "data.bin"), "constant": np.frombuffer(bytes(8))}
+    fork = Fork([module], MemoryStore())
+    fork.capture()
+    module.held["file"][0] = 1
+    fork.restore()
+    assert module.held["file"][0] == 1
