@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 __all__ = [
     "CACHED_LRS",
+    "LIVE_MODULES",
     "OWNERS",
     "BatchNorm",
     "clone_combined",
@@ -46,6 +47,11 @@ BatchNorm = _BatchNorm  # of any number of dimensions, and the synchronized one
 foreach_add_, foreach_copy_, foreach_neg_, foreach_norm = _foreach_add_, _foreach_copy_, _foreach_neg_, _foreach_norm
 
 CACHED_LRS = ("base_lrs", "max_lrs", "_last_lr")  # lists of learning rates that a scheduler may hold
+# Who holds something of these is alive beside the training (a tracker's client, a pool of workers): let it be.
+LIVE_MODULES = {
+    "_queue", "_thread", "asyncio", "concurrent", "ctypes", "multiprocessing", "queue", "selectors", "socket", "sqlite3", "ssl",
+    "subprocess", "threading",
+}  # fmt: skip
 OWNERS = frozenset({"_trainer", "_fabric"})  # attributes by which a module knows who runs it
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_autolr.engine.compat import OWNERS, float_of_sums, is_view, local_tensor, reshard
+from lightning_autolr.engine.compat import LIVE_MODULES, OWNERS, float_of_sums, is_view, local_tensor, reshard
 from lightning_autolr.engine.files import Store
 
 __all__ = ["Fork", "RandomState", "is_foreign", "slots_of", "take_gradients"]
@@ -41,11 +41,6 @@ _FOREIGN = sys.stdlib_module_names | {
     "torchvision", "transformers", "triton", "wandb",
 }  # fmt: skip
 _DATA = {"dgl", "torch_geometric"}  # their objects are data, perhaps large: of a batch, but no state of a module
-# Who holds something of these is alive beside the training (a tracker's client, a pool of workers): let it be.
-_LIVE = {
-    "_queue", "_thread", "asyncio", "concurrent", "ctypes", "multiprocessing", "queue", "selectors", "socket", "sqlite3", "ssl",
-    "subprocess", "threading",
-}  # fmt: skip
 _UNSET = object()  # what a slot holds that was never set
 _NEUTRAL = {"abc", "collections.abc", "typing"}  # bases that bring no state along
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size)
@@ -239,7 +234,7 @@ def _is_record(obj: Any) -> bool:
     if any(is_foreign(base) or base.__module__.partition(".")[0] in _DATA for base in bases):
         return False
     held = [*(vars(obj).values() if hasattr(obj, "__dict__") else ()), *(_read(slot, obj) for _, slot in slots_of(obj))]
-    return not any(isinstance(v, Iterator) or type(v).__module__.partition(".")[0] in _LIVE for v in held)
+    return not any(isinstance(v, Iterator) or type(v).__module__.partition(".")[0] in LIVE_MODULES for v in held)
 
 
 def _read(slot: MemberDescriptorType, obj: Any) -> Any:
