@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_autolr.engine import compat
-from lightning_autolr.engine.loaders import private_loader
-from lightning_autolr.engine.state import RandomState, is_foreign, slots_of
+from lightning_autolr.engine.loaders import parts_of_loader, private_loader
+from lightning_autolr.engine.randomness import RandomState, generators_of
+from lightning_autolr.engine.state import is_foreign, slots_of
 
 _MIN_EVALUATIONS = 8
 _SHARED = (nn.Module, Dataset)  # what a batch may refer to, and is no part of it
@@ -145,7 +146,8 @@ class Draws:
         return self._starts.setdefault(draw, sum(n for d, n in self._used.items() if d < draw))
 
     def _rng(self, draw: int) -> _OwnRandomness:
-        return _OwnRandomness(mix(self._seed, draw), self._trainer.strategy.root_device)
+        loaders = [self._loader] if self._loader is not None else compat.combined_loader(self._trainer).flattened
+        return _OwnRandomness(mix(self._seed, draw), self._trainer.strategy.root_device, loaders)
 
     def _one_pass(self, draw: int, skip: int, number: int, anew: bool) -> Iterator[Any]:
         """One run through the cloned loader; streams go on where the last one ended, unless ``anew``."""
@@ -164,21 +166,25 @@ class Draws:
 class _OwnRandomness:
     """Loading has random numbers of its own: a batch is the same whether it is loaded before, between or after steps."""
 
-    def __init__(self, seed: int, device: torch.device) -> None:
+    def __init__(self, seed: int, device: torch.device, loaders: Iterable[Any]) -> None:
         self._device = device
-        outside = RandomState(device)
-        RandomState.seed(seed, device)
-        self._state = RandomState(device)
+        self._held = generators_of(part for loader in loaders for part in parts_of_loader(loader))
+        outside = self._present()
+        RandomState.seed(seed, device, self._held)
+        self._state = self._present()
         outside.restore()
 
     def run(self, load: Callable[[], Any]) -> Any:
-        outside = RandomState(self._device)
+        outside = self._present()
         self._state.restore()
         try:
             return load()
         finally:
-            self._state = RandomState(self._device)
+            self._state = self._present()
             outside.restore()
+
+    def _present(self) -> RandomState:
+        return RandomState(self._device, self._held)
 
 
 class _Batches:
@@ -237,7 +243,7 @@ def validation_batches(trainer: Any, count: int | None, loaders: list[Any], seed
     """
     limits = trainer.num_val_batches if isinstance(trainer.num_val_batches, list) else [trainer.num_val_batches]
     counts = [min(limit, math.inf if count is None else count) for limit in limits]
-    randomness = _OwnRandomness(mix(seed), trainer.strategy.root_device)
+    randomness = _OwnRandomness(mix(seed), trainer.strategy.root_device, loaders)
 
     def load() -> list[tuple[Any, int, int]]:
         return [

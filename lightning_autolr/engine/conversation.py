@@ -8,8 +8,8 @@ import torch
 
 from lightning_autolr.core.requests import Answer, Probe, ProbeResult, Request, Requests, Run, Train
 from lightning_autolr.engine.probe import Cost
+from lightning_autolr.engine.randomness import RandomState
 from lightning_autolr.engine.ranks import decide
-from lightning_autolr.engine.state import RandomState
 from lightning_autolr.report.trace import Entry, Record
 from lightning_autolr.search.base import AbstractSearch, ReplayError, difference, replay
 

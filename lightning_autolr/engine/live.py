@@ -32,9 +32,9 @@ from lightning_autolr.engine.kept import KeptStates
 from lightning_autolr.engine.length import RunLength
 from lightning_autolr.engine.lr import LearningRate
 from lightning_autolr.engine.probe import Prober
+from lightning_autolr.engine.randomness import RandomState
 from lightning_autolr.engine.ranks import decide, gather, strategy_is_distributed
 from lightning_autolr.engine.segment import ActiveSegment
-from lightning_autolr.engine.state import RandomState
 from lightning_autolr.engine.steps import real_loss, steps_per_batch
 from lightning_autolr.report.trace import Entry, Record, read_leftover
 from lightning_autolr.schedules import to_plain

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from lightning_autolr.engine import compat
 
-__all__ = ["private_loader"]
+__all__ = ["parts_of_loader", "private_loader"]
 
 
 def private_loader(loader: Any, seed: int, draw: int, skip: int, copies: dict[int, Any]) -> Iterable[Any]:
@@ -60,6 +60,13 @@ def private_loader(loader: Any, seed: int, draw: int, skip: int, copies: dict[in
         batch_sampler = _Rotated(batch_sampler, skip % len(batch_sampler))
     compat.set_in_loader(clone, batch_sampler=batch_sampler, sampler=sampler, generator=_generator(seed))
     return clone
+
+
+def parts_of_loader(loader: Any) -> tuple[Any, ...]:
+    """What a loader was made of."""
+    if isinstance(loader, DataLoader):
+        return loader.dataset, loader.sampler, loader.batch_sampler, loader.collate_fn
+    return (loader,)
 
 
 def _copied(stream: Any, copies: dict[int, Any]) -> Any:

@@ -23,8 +23,9 @@ from lightning_autolr.engine.line import answer_line_probe
 from lightning_autolr.engine.lr import LearningRate
 from lightning_autolr.engine.permute import permute_weights
 from lightning_autolr.engine.quiet import LogSink, deferred_signals, quiet
+from lightning_autolr.engine.randomness import Generator, RandomState, generators_in_code_of, generators_of
 from lightning_autolr.engine.ranks import gather, mean_over_ranks
-from lightning_autolr.engine.state import Fork, RandomState, take_gradients
+from lightning_autolr.engine.state import Fork, take_gradients
 from lightning_autolr.engine.steps import index_in_epoch, private_step, steps_per_batch, to_device
 
 __all__ = ["ProbeOptions", "Prober"]
@@ -90,6 +91,7 @@ class Prober:
         self._module, self._strategy = trainer.lightning_module, trainer.strategy
         self._here = self._new_fork()
         self._kept: dict[str, Fork] = {}
+        self._held: list[Generator] = []  # random number generators of the user's
         self._at: str | None = None  # the state we are in: "here", a kept id, or None when it was trained on
         self._sink: LogSink | None = None
         self._signals: list[int] = []
@@ -103,7 +105,9 @@ class Prober:
     @contextmanager
     def session(self) -> Iterator[str]:
         """A row of probes from one moment of the run. Yields the fingerprint of the weights."""
-        random_state = RandomState(self._strategy.root_device)
+        # Globals of the module's code; what it holds itself is part of the fork.
+        self._held = generators_in_code_of(self._module.modules()) + generators_of([self.trainer.datamodule])
+        random_state = self._random_state()
         grads: list[tuple[torch.nn.Parameter, Tensor]] = []
         with quiet(self.trainer, self._module, list(self._options.search_callbacks)) as (sink, signals):
             lr, momentum, self.lr.is_private = self.lr.value, self.lr.momentum, True
@@ -203,9 +207,8 @@ class Prober:
 
     def seed(self, draw: int, offset: int) -> None:
         """The same random numbers for every candidate of a draw; other ones on each rank, as in training."""
-        RandomState.seed(
-            mix(self._options.seed, draw, offset, 1 + self.trainer.global_rank), self._strategy.root_device
-        )
+        seed = mix(self._options.seed, draw, offset, 1 + self.trainer.global_rank)
+        RandomState.seed(seed, self._strategy.root_device, self._held)
 
     def step(self, draw: int, step: int) -> Tensor | None:
         """One private step on the draw's batches for ``step``."""
@@ -221,7 +224,7 @@ class Prober:
         assert self._sink is not None
         self.leave()
         modes = [(m, m.training) for m in self._module.modules()]
-        random_state = RandomState(self._strategy.root_device)
+        random_state = self._random_state()
         try:
             norms = self._module.modules() if request.update_bn else ()
             with updated_statistics(norms, partial(self._losses, request)):
@@ -243,6 +246,9 @@ class Prober:
         self.leave()  # in training mode they move batch statistics
         self.cost.eval_batches += len(batches)
         return evaluate_training_batches(self.trainer, batches, self._sink, training)
+
+    def _random_state(self) -> RandomState:
+        return RandomState(self._strategy.root_device, self._held)
 
     def _new_fork(self) -> Fork:
         trainer = self.trainer

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -29,8 +28,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_autolr.engine.compat import LIVE_MODULES, OWNERS, float_of_sums, is_view, local_tensor, reshard
 from lightning_autolr.engine.files import Store
+from lightning_autolr.engine.randomness import GENERATORS, restore_of
 
-__all__ = ["Fork", "RandomState", "is_foreign", "slots_of", "take_gradients"]
+__all__ = ["Fork", "is_foreign", "slots_of", "take_gradients"]
 
 # Not part of a training state: who owns the module, and the sink that stands in for `log` while a search is running.
 _LEFT_ALONE = OWNERS | {"log"}
@@ -261,19 +261,7 @@ def _opaque_state(obj: Any) -> Callable[[], object] | None:
     if isinstance(obj, np.ndarray):
         array = obj.copy()
         return lambda: np.copyto(obj, array)
-    if isinstance(obj, torch.Generator):
-        state = obj.get_state()
-        return lambda: obj.set_state(state)
-    if isinstance(obj, np.random.Generator):
-        numpy_state = copy.deepcopy(obj.bit_generator.state)
-        return lambda: setattr(obj.bit_generator, "state", numpy_state)
-    if isinstance(obj, np.random.RandomState):
-        legacy_state = obj.get_state()
-        return lambda: obj.set_state(legacy_state)
-    if isinstance(obj, random.Random):
-        python_state = obj.getstate()
-        return lambda: obj.setstate(python_state)
-    return None
+    return restore_of(obj) if isinstance(obj, GENERATORS) else None
 
 
 def _storage_view(tensor: Tensor) -> Tensor:
@@ -284,64 +272,6 @@ def _storage_view(tensor: Tensor) -> Tensor:
     ):
         return tensor.detach().new_empty(0).set_(tensor.untyped_storage())
     return tensor.detach()
-
-
-class RandomState:
-    """The random number generators of this process: Python, NumPy, torch on the CPU and on the training device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._python = random.getstate()
-        self._numpy: Any = np.random.get_state()
-        self._torch = torch.get_rng_state()
-        self._accelerator = _module_of(device).get_rng_state(*_one_of(device)) if _module_of(device) else None
-
-    def restore(self) -> None:
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        torch.set_rng_state(self._torch)
-        if self._accelerator is not None:
-            _module_of(self._device).set_rng_state(self._accelerator, *_one_of(self._device))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors, so that ``torch.load(weights_only=True)`` reads them."""
-        kind, keys, position, has_gauss, gauss = self._numpy
-        keys = torch.from_numpy(np.asarray(keys).astype(np.int64))
-        numpy_state = [str(kind), keys, int(position), int(has_gauss), float(gauss)]
-        return {"python": self._python, "numpy": numpy_state, "torch": self._torch, "accelerator": self._accelerator}
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> RandomState:
-        self = cls(device)
-        version, internal, gauss = state["python"]
-        self._python = (version, tuple(internal), gauss)
-        kind, keys, position, has_gauss, cached = state["numpy"]
-        self._numpy = (kind, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached)
-        self._torch = state["torch"].cpu()
-        if self._accelerator is not None and state["accelerator"] is not None:
-            self._accelerator = state["accelerator"].cpu()
-        return self
-
-    @staticmethod
-    def seed(seed: int, device: torch.device) -> None:
-        """Seed all of them, and no other device's."""
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.default_generator.manual_seed(seed)
-        if accelerator := _module_of(device):
-            with torch.device(device):
-                accelerator.manual_seed(seed)
-
-
-def _module_of(device: torch.device) -> Any:
-    """``torch.cuda`` and its like, or None on the CPU and on devices without generators."""
-    module = getattr(torch, device.type, None)
-    return module if device.type != "cpu" and hasattr(module, "get_rng_state") else None
-
-
-def _one_of(device: torch.device) -> tuple[torch.device, ...]:
-    """Which of several devices; of Apple's there is one, and its functions do not take it."""
-    return () if device.type == "mps" else (device,)
 
 
 def take_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[tuple[nn.Parameter, Tensor]]:

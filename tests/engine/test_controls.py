@@ -14,7 +14,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from lightning_autolr.callbacks.schedule import ScheduleCallback
-from lightning_autolr.engine import batches, quiet, state
+from lightning_autolr.engine import batches, quiet, randomness, state
 from lightning_autolr.schedules import Tabulated
 from tests.engine.subjects import Meter, Options, Scripted, Search, Subject, differences, fit
 
@@ -22,7 +22,7 @@ Patch = pytest.MonkeyPatch
 
 
 def _without_rng(patch: Patch) -> None:
-    patch.setattr(state.RandomState, "restore", lambda self: None)
+    patch.setattr(randomness.RandomState, "restore", lambda self: None)
 
 
 def _without_roots(kind: type) -> Callable[[Patch], None]:
@@ -93,6 +93,7 @@ def _without_callbacks_swap(patch: Patch) -> None:
 
 def _without_loader_clone(patch: Patch) -> None:
     patch.setattr(batches, "private_loader", lambda loader, seed, draw, skip, copies: loader)
+    patch.setattr(batches, "generators_of", lambda roots: [])  # else its own generator is put back
 
 
 _SCALED = Options(

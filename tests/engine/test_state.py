@@ -22,7 +22,8 @@ from lightning_autolr.engine import line, ranks
 from lightning_autolr.engine import state as state_module
 from lightning_autolr.engine.compat import float_of_sums
 from lightning_autolr.engine.files import DiskStore, MemoryStore, make_store
-from lightning_autolr.engine.state import Fork, RandomState, take_gradients
+from lightning_autolr.engine.randomness import RandomState
+from lightning_autolr.engine.state import Fork, take_gradients
 
 
 @dataclass
