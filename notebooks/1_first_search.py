@@ -64,7 +64,7 @@ print(list(figures))
 figures[[name for name in figures if "candidates" in name][-1]]
 
 # %% [markdown]
-# And what came of it: a warm-up, then an anneal to zero. Segments that were undone, because the data were learnt by heart (the
+# And what came of it: a warm-up, then an anneal to zero. Segments that were undone, because the network overfitted (the
 # validation loss rose while the training loss was far below it) or the training blew up, are marked.
 
 # %%

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_autolr.engine.checks import record_folder
-from lightning_autolr.engine.compat import return_lent
+from lightning_autolr.engine.compat import remove_log_methods
 from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.engine.grad_norms import GradNorms, Norm
 from lightning_autolr.search.refined import OnlineRefined
@@ -71,7 +71,7 @@ class GradNormCallback(Callback):
     @override
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         vars(self).pop("_meter", None)  # holds the Trainer
-        return_lent(self)
+        remove_log_methods(self)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -124,7 +124,7 @@ class RangeTestCallback(Callback):
 
     @override
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        compat.return_lent(self)
+        compat.remove_log_methods(self)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -137,19 +137,9 @@ class RangeTestCallback(Callback):
     def _test(self, trainer: Any, now: int) -> None:
         lr = LearningRate(trainer.optimizers)
         prober = Prober(trainer, lr, self.options)
-        climbs = self.search.measure()
-        suggestion: RangeSuggestion | None = None
         try:
             with prober.session():
-                request, number = next(climbs), 0
-                while suggestion is None:
-                    assert isinstance(request, Probe)
-                    answer = prober.answer(request, f"state-{number}")
-                    number += 1
-                    try:
-                        request = climbs.send(answer)
-                    except StopIteration as end:
-                        suggestion = decide(trainer.strategy, end.value)
+                suggestion = decide(trainer.strategy, self._measure(prober))
         finally:
             lr.close()
         self.suggestions[now] = suggestion
@@ -163,6 +153,17 @@ class RangeTestCallback(Callback):
             rescale_configured(trainer.optimizers, [c.scheduler for c in trainer.lr_scheduler_configs], suggestion.lr)
         if self.stop:
             trainer.should_stop = True
+
+    def _measure(self, prober: Prober) -> RangeSuggestion:
+        climbs, answer, number = self.search.measure(), None, 0
+        while True:
+            try:
+                request = climbs.send(answer)
+            except StopIteration as end:
+                suggestion: RangeSuggestion = end.value
+                return suggestion
+            assert isinstance(request, Probe)
+            answer, number = prober.answer(request, f"state-{number}"), number + 1
 
     def _write(self, trainer: Any) -> None:
         if trainer.is_global_zero and self._folder is not None:

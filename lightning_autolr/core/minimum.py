@@ -11,9 +11,8 @@ workshop 2021, arXiv 2107.05855, and its published code.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import ndtr
+
+from lightning_autolr.core.gp import undisturbed
 
 __all__ = [
     "Explanation",
@@ -82,31 +83,23 @@ class Regression:
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """What a figure of a warm-up shows; ``n`` losses, ``k`` tests.
+    """What a figure of a warm-up shows; ``k`` tests.
 
     Args:
-        steps: ``(n,)``.
-        losses: ``(n,)``.
         grid: where the last test's posterior stands, in steps, ``(500,)``.
         mean: its mean, ``(500,)``.
         std: its standard deviation, ``(500,)``.
         tested: the number of losses that each test saw, ``(k,)``.
         probability: of a past minimum, median over the draws of each test, ``(k,)``.
-        past: verdict of each test, ``(k,)``.
         argmin: step of the estimated minimum, mean over the draws of the last test.
-        argmin_lr: the learning rate there, likewise.
     """
 
-    steps: NDArray[np.int64]
-    losses: Array
     grid: Array
     mean: Array
     std: Array
     tested: NDArray[np.int64]
     probability: Array
-    past: NDArray[np.bool_]
     argmin: float
-    argmin_lr: float
 
 
 def past_minimum_probability(mean: Array, covariance: Array, floor: float = _FLOOR) -> float:
@@ -258,48 +251,34 @@ class PastMinimum:
             self._adam.step()
 
 
-def explain(
-    losses: Sequence[float],
-    lrs: Sequence[float],
-    tested: Sequence[int],
-    test: PastMinimum | None = None,
-) -> Explanation:
+def explain(losses: Sequence[float], tested: Sequence[int], test: PastMinimum | None = None) -> Explanation:
     """Repeat the tests of a recorded warm-up, for a figure.
 
     Args:
         losses: training loss of each step of the warm-up.
-        lrs: learning rate of each of them.
         tested: number of losses that each test saw, rising, at least one.
         test: a new test with the options of the run; None has the default ones.
 
     Raises:
-        ValueError: lengths that do not fit.
+        ValueError: tests that are not among the losses.
 
     >>> x = np.arange(100) / 100
-    >>> found = explain(list((x - 0.6) ** 2), list(1e-5 * 1e5**x), tested=[50, 80, 100])
-    >>> found.past.tolist(), round(found.argmin)
+    >>> found = explain(list((x - 0.6) ** 2), tested=[50, 80, 100])
+    >>> (found.probability > 0.95).tolist(), round(found.argmin)
     ([False, True, True], 60)
     """
-    if len(losses) != len(lrs) or not tested or max(tested) > len(losses):
-        raise ValueError(
-            f"Expected as many losses as learning rates, and tests among them, got {len(losses)}, {len(lrs)} and "
-            f"{tested=}."
-        )
+    if not tested or max(tested) > len(losses):
+        raise ValueError(f"Expected tests of 1 to {len(losses)} losses, got {tested=}.")
     test = test or PastMinimum()
     regressions = [test(losses[:count]) for count in tested]
-    last, steps = regressions[-1], np.arange(len(losses))
-    argmins = last.argmins * tested[-1]
+    last = regressions[-1]
     return Explanation(
-        steps=steps,
-        losses=np.asarray(losses, dtype=np.float64),
         grid=last.grid * tested[-1],
         mean=last.mean,
         std=last.std,
         tested=np.asarray(tested),
         probability=np.array([np.median(regression.probabilities) for regression in regressions]),
-        past=np.array([regression.past for regression in regressions]),
-        argmin=float(argmins.mean()),
-        argmin_lr=float(np.exp(np.interp(argmins, steps, np.log(lrs))).mean()),
+        argmin=float(last.argmins.mean() * tested[-1]),
     )
 
 
@@ -310,21 +289,14 @@ def _fenced(y: Array) -> Array:
 
 @contextmanager
 def _gpytorch() -> Iterator[None]:
-    """Import and run GPyTorch quietly, on the CPU, with gradients, whatever surrounds the call.
+    """See :func:`~lightning_autolr.core.gp.undisturbed`.
 
-    The diagonal of a matrix that is not positive definite gets jitter, tenfold at each try up to 1e-4. The import takes
-    seconds, which other searches need not spend.
+    The diagonal of a matrix that is not positive definite gets jitter, tenfold at each try up to 1e-4.
 
     Raises:
         RuntimeError: a matrix that is not positive definite even so.
     """
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # of jitter, and of line searches that cannot improve any more
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
+    with undisturbed() as stack:
         from linear_operator import settings
         from linear_operator.utils.errors import NotPSDError
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import erfcx, ndtr
 
+from lightning_autolr.core.gp import undisturbed
 from lightning_autolr.core.losses import paired
 from lightning_autolr.core.requests import ProbeResult
 
@@ -292,19 +292,10 @@ def _log_expected_improvement(gain: Array, std: Array) -> Array:
 
 @contextmanager
 def _botorch() -> Iterator[None]:
-    """Import and run BoTorch without a trace: none of its warnings, and torch's global state as it was.
-
-    The import takes seconds, which searches without a surrogate need not spend, and warns about a use of TorchScript.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
+    """See :func:`~lightning_autolr.core.gp.undisturbed`; torch's random state is as before afterwards."""
+    with undisturbed() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         torch.default_generator.manual_seed(0)  # torch.manual_seed would reach the accelerators' generators too
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))  # not always: it slows down every call
         from botorch.settings import validate_input_scaling
 
         stack.enter_context(validate_input_scaling(False))

@@ -32,8 +32,8 @@ __all__ = [
     "local_tensor",
     "logger_step",
     "on_before_batch_transfer",
+    "remove_log_methods",
     "reshard",
-    "return_lent",
     "set_in_loader",
     "takes_batch_idx",
     "takes_dataloader_iter",
@@ -55,8 +55,8 @@ LIVE_MODULES = {
 OWNERS = frozenset({"_trainer", "_fabric"})  # attributes by which a module knows who runs it
 
 
-def return_lent(callback: Any) -> None:
-    """Take off what Lightning hangs on each callback, anew for each run: methods of the module."""
+def remove_log_methods(callback: Any) -> None:
+    """Take the module's ``log`` and ``log_dict`` off, which Lightning sets on every callback: they keep the module alive."""
     for name in ("log", "log_dict"):
         vars(callback).pop(name, None)
 

@@ -11,7 +11,7 @@ from lightning_autolr.engine.probe import Cost
 from lightning_autolr.engine.randomness import RandomState
 from lightning_autolr.engine.ranks import decide
 from lightning_autolr.report.trace import Entry, Record
-from lightning_autolr.search.base import AbstractSearch, ReplayError, difference, replay
+from lightning_autolr.search.base import AbstractSearch, ReplayError, advance, difference, replay
 
 __all__ = ["Conversation"]
 
@@ -79,10 +79,7 @@ class Conversation:
         self._record.add(Entry(request, answer, global_step, spent, seconds, fingerprint))
         if self._requests is not None:
             random_state = RandomState(torch.device(self._strategy.root_device))
-            try:
-                self._request = self._requests.send(answer)
-            except StopIteration:
-                self._request = None
+            self._request = advance(self._requests, answer)
             random_state.restore()  # fitting a surrogate may draw numbers, also between two real steps
 
     def known_answer(self, request: Request, global_step: int, fingerprint: str) -> Answer | None:

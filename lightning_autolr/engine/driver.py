@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_autolr.core.losses import more_is_better
 from lightning_autolr.core.requests import Run
 from lightning_autolr.engine.checks import check_choice, check_trainer
-from lightning_autolr.engine.compat import return_lent
+from lightning_autolr.engine.compat import remove_log_methods
 from lightning_autolr.engine.figure_log import options_of
 from lightning_autolr.engine.files import Place
 from lightning_autolr.engine.live import LiveSearch
@@ -249,7 +249,7 @@ class SearchCallback(Callback):
         self._live = None
         if self._final is not None:
             self._final = move_data_to_device(self._final, "cpu")
-        return_lent(self)
+        remove_log_methods(self)
 
     @override
     def state_dict(self) -> dict[str, Any]:

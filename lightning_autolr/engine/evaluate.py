@@ -41,7 +41,7 @@ def evaluate(trainer: Any, batches: Sequence[tuple[Any, int, int]], sink: LogSin
     Raises:
         ValueError: the monitored value is nowhere to be found.
     """
-    module, strategy = trainer.lightning_module, trainer.strategy
+    module = trainer.lightning_module
     if not batches:
         raise ValueError(
             "Expected validation batches, got none: the validation dataloader is empty, or `limit_val_batches` leaves none of "
@@ -49,15 +49,9 @@ def evaluate(trainer: Any, batches: Sequence[tuple[Any, int, int]], sink: LogSin
         )
     several = len({number for _, _, number in batches}) > 1
     takes_idx = takes_batch_idx(module.validation_step)
-    values: list[Tensor] = []
-    accumulated: Metric | None = None
-    metrics: list[Metric] = []
-    logged: dict[str, Any] = {}
+    found = _Monitored(monitor, trainer.strategy.root_device)
     sink.take()
-    if is_overridden("on_validation_model_eval", module):
-        module.on_validation_model_eval()
-    else:
-        module.eval()
+    (module.on_validation_model_eval if is_overridden("on_validation_model_eval", module) else module.eval)()
     module.on_validation_start()
     module.on_validation_epoch_start()
     for raw, idx, number in batches:
@@ -65,37 +59,59 @@ def evaluate(trainer: Any, batches: Sequence[tuple[Any, int, int]], sink: LogSin
         batch = to_device(trainer, own_batch(raw), number)
         extra = ((idx, number) if several else (idx,)) if takes_idx else ()
         module.on_validation_batch_start(batch, idx, number)
-        output = strategy.validation_step(batch, *extra)
+        output = trainer.strategy.validation_step(batch, *extra)
         module.on_validation_batch_end(output, batch, idx, number)
-        logged = sink.take()
-        value = logged.get(monitor)
-        metrics += [m for m in logged.values() if isinstance(m, Metric)]
-        if isinstance(value, Metric):
-            accumulated = value
-        elif value is not None:
-            values.append(torch.as_tensor(value, dtype=torch.float32, device=strategy.root_device).mean())
-        elif monitor not in logged and (number == 0 or f"dataloader_idx_{number}" in monitor):
-            loss = returned_loss(output)
-            if isinstance(loss, Real) or (isinstance(loss, Tensor) and loss.numel() == 1):  # and not logits, say
-                values.append(torch.as_tensor(loss, device=strategy.root_device).float().mean())
+        found.add(sink.take(), output, number)
     sink.dataloader_idx = None
     module.on_validation_epoch_end()
     logged_at_end = sink.take()
     module.on_validation_end()
     sink.take()
-    at_end = logged_at_end.get(monitor, accumulated)
-    if at_end is not None:
-        value = at_end.compute() if isinstance(at_end, Metric) else at_end
-        values = [torch.as_tensor(value, device=strategy.root_device).float().mean()]
-    for metric in [*metrics, *(m for m in logged_at_end.values() if isinstance(m, Metric))]:
-        metric.reset()  # as the Trainer does at the end of a validation: the next one starts anew
-    if not values:
-        raise ValueError(
-            f"Expected `validation_step` to log {monitor!r} or to return a loss, got neither; the last batch logged "
-            f"{sorted(logged)}. Set `monitor=` to one of these (with `mode='max'` where more is better), or choose "
-            "`objective='holdout'` or 'train'."
-        )
-    return values
+    return found.values(logged_at_end)
+
+
+class _Monitored:
+    """Looks for the monitored value in what a validation logs and returns."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self._name, self._device = name, device
+        self._values: list[Tensor] = []
+        self._accumulated: Metric | None = None
+        self._metrics: list[Metric] = []
+        self._logged: dict[str, Any] = {}  # by the last batch
+
+    def add(self, logged: dict[str, Any], output: Any, number: int) -> None:
+        """What a batch of loader ``number`` logged, and what ``validation_step`` returned."""
+        self._logged = logged
+        self._metrics += [value for value in logged.values() if isinstance(value, Metric)]
+        value = logged.get(self._name)
+        if isinstance(value, Metric):
+            self._accumulated = value
+        elif value is not None:
+            self._values.append(self._scalar(value))
+        elif self._name not in logged and (number == 0 or f"dataloader_idx_{number}" in self._name):
+            loss = returned_loss(output)
+            if isinstance(loss, Real) or (isinstance(loss, Tensor) and loss.numel() == 1):  # and not logits, say
+                self._values.append(self._scalar(loss))
+
+    def values(self, logged_at_end: dict[str, Any]) -> list[Tensor]:
+        """One for each batch; or the one that was logged or accumulated for all of them."""
+        at_end = logged_at_end.get(self._name, self._accumulated)
+        found = self._values
+        if at_end is not None:
+            found = [self._scalar(at_end.compute() if isinstance(at_end, Metric) else at_end)]
+        for metric in [*self._metrics, *(m for m in logged_at_end.values() if isinstance(m, Metric))]:
+            metric.reset()  # as the Trainer does at the end of a validation: the next one starts anew
+        if not found:
+            raise ValueError(
+                f"Expected `validation_step` to log {self._name!r} or to return a loss, got neither; the last batch logged "
+                f"{sorted(self._logged)}. Set `monitor=` to one of these (with `mode='max'` where more is better), or choose "
+                "`objective='holdout'` or 'train'."
+            )
+        return found
+
+    def _scalar(self, value: Any) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.float32, device=self._device).mean()
 
 
 @torch.no_grad()

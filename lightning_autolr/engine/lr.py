@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import zip_longest
 from typing import Any, Literal
 
@@ -31,10 +31,6 @@ class LearningRate:
         schedulers: the module's own ones.
 
     Attributes:
-        memory: what is remembered of the module's schedulers (``multiply``): what each group's learning rate is without
-            us (``own``), how high it was already (``highest``), relative to what it counts since the segment began
-            (``at_start``), and whether an optimizer's groups hold what we wrote (``ours``). It belongs to the training
-            state: a fork captures and restores it with the rest.
         is_private: whether steps are private ones, in which the module's schedulers have no say.
     """
 
@@ -61,29 +57,24 @@ class LearningRate:
                 "with the ratios that its groups should have, such as 1.0 and 0.1."
             )
         self.ratios = state["ratios"] if state else [[lr / self.reference for lr in o] for o in configured]
-        self.value = self.reference
+        self.value, self.is_private = self.reference, False
         self.momentum: float | None = None
-        self.is_private = False
-        ours = [False] * len(configured)
-        self.memory: dict[str, Any] = {"own": configured, "highest": configured, "at_start": configured, "ours": ours}
-        self._tops = state["tops"] if state else _tops(self._optimizers, schedulers)
-        if state:
-            self.memory.update(copy.deepcopy(state["memory"]))
-        elif multiply:
-            self.memory["highest"] = [[0.0] * len(o) for o in configured]
-            self._read_own()
-            self._count_from_here()
-        self._handles = [o.register_step_pre_hook(self._before_step) for o in self._optimizers]
-        self._multiply = multiply
+        self._own = _OwnRates(self._optimizers, schedulers, state) if multiply else None
         self._in_step = False
+        self._handles = [o.register_step_pre_hook(self._before_step) for o in self._optimizers]
         if multiply:
             self._handles += [o.register_step_post_hook(self._after_step) for o in self._optimizers]
 
+    @property
+    def memory(self) -> dict[str, Any]:
+        """Part of the training state: a fork captures and restores it with the rest. See :class:`_OwnRates`."""
+        return {} if self._own is None else self._own.memory
+
     def set(self, value: float, momentum: float | None = None) -> None:
         """Train with ``value`` (and momentum, or first beta) from the next optimizer step on."""
-        self._meet_new_groups(self.value)
+        self._meet_new_groups()
         self.value, self.momentum, self._in_step = value, momentum, False
-        if not self._multiply:
+        if self._own is None:
             self._write()
 
     def show(self) -> None:
@@ -95,24 +86,18 @@ class LearningRate:
 
         Called before each backward, which may be part of a step (its closure): then the step needs what we wrote.
         """
-        for index, ours in enumerate(self.memory["ours"]):
-            if ours and not self._in_step:
-                self._write_own(index)
+        if self._own is not None and not self._in_step:
+            for index in range(len(self._optimizers)):
+                self._own.put_back(index)
 
     def start_segment(self) -> None:
-        """From here on the module's schedulers count relative to what they say now (``on_scheduler="multiply"``).
-
-        As long as they were not at their top yet, as in a warm-up, they count relative to that: what is asked for is trained
-        with there, and no more than it.
-        """
-        if self._multiply:
-            self._read_own()
-            self._count_from_here()
+        """From here on the module's schedulers count relative to what they say now (``on_scheduler="multiply"``)."""
+        if self._own is not None:
+            self._own.start()
 
     def state_dict(self) -> dict[str, Any]:
-        return copy.deepcopy(
-            {"reference": self.reference, "ratios": self.ratios, "tops": self._tops, "memory": self.memory}
-        )
+        tops = [] if self._own is None else self._own.tops
+        return copy.deepcopy({"reference": self.reference, "ratios": self.ratios, "tops": tops, "memory": self.memory})
 
     def close(self) -> None:
         """Stop writing."""
@@ -121,35 +106,93 @@ class LearningRate:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._in_step = True
-        self._meet_new_groups(self.value)
+        self._meet_new_groups()
         self._write(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._in_step = False
-        self._write_own(next(i for i, o in enumerate(self._optimizers) if o is optimizer))
+        assert self._own is not None
+        self._own.put_back(next(i for i, o in enumerate(self._optimizers) if o is optimizer))
 
-    def _write_own(self, index: int) -> None:
-        """A chainable scheduler computes its next value from what stands in the group."""
-        for group, lr in zip(self._optimizers[index].param_groups, self.memory["own"][index], strict=True):
-            _write_number(group, "lr", lr)
-        self.memory["ours"] = [ours and i != index for i, ours in enumerate(self.memory["ours"])]
-
-    def _wanted(self, optimizer_idx: int, group_idx: int) -> float:
-        lr: float = self.value * self.ratios[optimizer_idx][group_idx]
-        if self._multiply and not self.is_private:
-            own, at_start = (self.memory[key][optimizer_idx] for key in ("own", "at_start"))
-            if group_idx < len(at_start) and at_start[group_idx] > 0:
-                lr *= own[group_idx] / at_start[group_idx]
-        return lr
-
-    def _meet_new_groups(self, value: float) -> None:
+    def _meet_new_groups(self) -> None:
         """A finetuning callback adds groups at a learning rate that fits to what the others have at that moment."""
         for ratios, optimizer in zip(self.ratios, self._optimizers, strict=True):
             for group in optimizer.param_groups[len(ratios) :]:
-                ratios.append(_number(group["lr"]) / (value if value > 0 else self.reference))
+                ratios.append(_number(group["lr"]) / (self.value if self.value > 0 else self.reference))
 
-    def _read_own(self) -> None:
-        """Note what the module's schedulers say, for the groups that do not hold what we wrote."""
+    def _write(self, only: Optimizer | None = None) -> None:
+        which = {o: optimizer for o, optimizer in enumerate(self._optimizers) if only in (None, optimizer)}
+        if self._own is not None:
+            self._own.read_before_writing(which)
+        for o, optimizer in which.items():
+            for g, group in enumerate(optimizer.param_groups):
+                lr = self.value * self.ratios[o][g]
+                if self._own is not None and not self.is_private:
+                    lr *= self._own.factor(o, g)
+                _write_number(group, "lr", lr)
+                if self.momentum is not None and "betas" in group:
+                    group["betas"] = (self.momentum, *group["betas"][1:])
+                elif self.momentum is not None and "momentum" in group:
+                    group["momentum"] = self.momentum
+
+
+class _OwnRates:
+    """What the module's schedulers say (``on_scheduler="multiply"``), though the groups mostly hold what we wrote.
+
+    Attributes:
+        memory: plain lists by optimizer and group: the learning rate without us (``own``), the highest one so far
+            (``highest``), what it counts relative to (``at_start``); and by optimizer whether its groups hold what we wrote
+            (``ours``).
+        tops: how high the learning rate of each group will go, where that is known.
+    """
+
+    def __init__(self, optimizers: list[Optimizer], schedulers: Sequence[Any], state: dict[str, Any] | None) -> None:
+        self._optimizers = optimizers
+        state = state if state and state["memory"] else None  # a run that is resumed may not have multiplied before
+        self.tops = state["tops"] if state else _tops(optimizers, schedulers)
+        nothing: list[list[float]] = [[] for _ in optimizers]
+        ours = [False] * len(optimizers)
+        self.memory: dict[str, Any] = {"own": nothing, "highest": nothing, "at_start": nothing, "ours": ours}
+        if state:
+            self.memory.update(copy.deepcopy(state["memory"]))
+        else:
+            self.start()
+
+    def start(self) -> None:
+        """From here on count relative to what they say now.
+
+        As long as they were not at their top yet, as in a warm-up, they count relative to that: what is asked for is trained
+        with there, and no more than it.
+        """
+        self._read()
+        self.memory["at_start"] = [
+            [
+                top if highest < top * (1 - 1e-6) else own
+                for own, highest, top in zip_longest(*lrs, fillvalue=0.0)  # groups that were added have no top
+            ]
+            for lrs in zip(self.memory["own"], self.memory["highest"], self.tops, strict=True)
+        ]
+
+    def factor(self, optimizer_idx: int, group_idx: int) -> float:
+        """What a learning rate is multiplied with."""
+        own, at_start = (self.memory[key][optimizer_idx] for key in ("own", "at_start"))
+        counts = group_idx < len(at_start) and at_start[group_idx] > 0
+        return float(own[group_idx] / at_start[group_idx]) if counts else 1.0
+
+    def read_before_writing(self, indices: Collection[int]) -> None:
+        """Read them all; from now on the groups of these optimizers hold what we write."""
+        self._read()
+        self.memory["ours"] = [ours or o in indices for o, ours in enumerate(self.memory["ours"])]
+
+    def put_back(self, index: int) -> None:
+        """A chainable scheduler computes its next value from what stands in the group."""
+        if self.memory["ours"][index]:
+            for group, lr in zip(self._optimizers[index].param_groups, self.memory["own"][index], strict=True):
+                _write_number(group, "lr", lr)
+            self.memory["ours"] = [ours and o != index for o, ours in enumerate(self.memory["ours"])]
+
+    def _read(self) -> None:
+        """Note what they say, for the groups that do not hold what we wrote."""
         self.memory["own"] = [
             own + [_number(g["lr"]) for g in optimizer.param_groups[len(own) :]]
             if ours
@@ -161,42 +204,27 @@ class LearningRate:
             for highest, own in zip(self.memory["highest"], self.memory["own"], strict=True)
         ]
 
-    def _count_from_here(self) -> None:
-        self.memory["at_start"] = [
-            [
-                top if highest < top * (1 - 1e-6) else own
-                for own, highest, top in zip_longest(*lrs, fillvalue=0.0)  # groups that were added have no top
-            ]
-            for lrs in zip(self.memory["own"], self.memory["highest"], self._tops, strict=True)
-        ]
-
-    def _write(self, only: Optimizer | None = None) -> None:
-        which = [(o, optimizer) for o, optimizer in enumerate(self._optimizers) if only in (None, optimizer)]
-        if self._multiply:
-            self._read_own()
-            written = {o for o, _ in which}
-            self.memory["ours"] = [ours or o in written for o, ours in enumerate(self.memory["ours"])]
-        for o, optimizer in which:
-            for g, group in enumerate(optimizer.param_groups):
-                _write_number(group, "lr", self._wanted(o, g))
-                if self.momentum is not None:
-                    if "betas" in group:
-                        group["betas"] = (self.momentum, *group["betas"][1:])
-                    elif "momentum" in group:
-                        group["momentum"] = self.momentum
-
 
 def _tops(optimizers: Sequence[Optimizer], schedulers: Sequence[Any]) -> list[list[float]]:
     """How high the learning rate of each group goes: as configured, or a one-cycle or cyclic schedule's peak."""
-    nested = list(schedulers)
-    for scheduler in nested:  # grows
-        nested += compat.inner_schedulers(scheduler)
-    tops = [[_number(g.get("max_lr", g.get("initial_lr", g["lr"]))) for g in o.param_groups] for o in optimizers]
-    for scheduler in nested:
+    tops = [[_peak(group) for group in optimizer.param_groups] for optimizer in optimizers]
+    for scheduler in _with_inner(schedulers):
         for peaks, optimizer in zip(tops, optimizers, strict=True):
             if getattr(scheduler, "optimizer", None) is optimizer and hasattr(scheduler, "max_lrs"):
                 peaks[:] = [max(a, _number(b)) for a, b in zip_longest(peaks, scheduler.max_lrs, fillvalue=0.0)]
     return tops
+
+
+def _peak(group: dict[str, Any]) -> float:
+    return _number(group.get("max_lr", group.get("initial_lr", group["lr"])))
+
+
+def _with_inner(schedulers: Sequence[Any]) -> list[Any]:
+    """Schedulers, and those that sequences of them are made of."""
+    found = list(schedulers)
+    for scheduler in found:  # grows
+        found += compat.inner_schedulers(scheduler)
+    return found
 
 
 def _number(value: Any) -> float:
@@ -218,11 +246,8 @@ def rescale_configured(optimizers: Sequence[Optimizer], schedulers: Sequence[Any
     a one-cycle or cyclic schedule is its peak.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    nested = list(schedulers)
-    for scheduler in nested:  # grows: a sequence of schedulers has them inside
-        nested += compat.inner_schedulers(scheduler)
-    peaks = [_number(g.get("max_lr", g.get("initial_lr", g["lr"]))) for g in groups]
-    factor = lr / max([*peaks, *(_number(x) for s in nested for x in getattr(s, "max_lrs", []))])
+    nested = _with_inner(schedulers)
+    factor = lr / max([*map(_peak, groups), *(_number(x) for s in nested for x in getattr(s, "max_lrs", []))])
     for group in groups:
         for key in ("lr", "initial_lr", "max_lr", "min_lr"):
             if key in group:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -29,6 +29,8 @@ from lightning_autolr.engine.state import Fork, take_gradients
 from lightning_autolr.engine.steps import index_in_epoch, private_step, steps_per_batch, to_device
 
 __all__ = ["ProbeOptions", "Prober"]
+
+T = TypeVar("T")
 
 _LOOK_EVERY = 10  # steps between looks at the losses: each look waits for the device
 
@@ -58,6 +60,10 @@ class ProbeOptions:
     search_callbacks: Sequence[Callback] = ()
     probe_dataloader: Any = None
     cache_bytes: int = 2 << 30
+
+
+class _DivergedError(Exception):
+    """The weights of a probe are broken: an answer, not an error."""
 
 
 @dataclass
@@ -271,42 +277,19 @@ class Prober:
         losses: list[float] = []
         evaluations: list[Evaluation] = []
         status, steps_before = Status.OK, self.cost.steps
-        unread: list[Tensor] = []
-
-        def read() -> Status:
-            new = mean_over_ranks(self._strategy, unread)
-            unread.clear()
-            bad = next((i for i, x in enumerate(new) if diverged(x, request.stop_above)), None)
-            losses.extend(new if bad is None else new[: bad + 1])
-            return Status.OK if bad is None else Status.DIVERGED
-
-        def train(step: int) -> None:
-            if (loss := self.step(request.draw, request.offset + step)) is not None:
-                unread.append(loss)
-
-        def score(step: int) -> None:
-            evaluations.append(Evaluation(step, tuple(self.evaluate(request))))
-
-        for step in range(request.num_steps):
-            self.progress(request, step)
-            self.leave()
-            self.lr.set(request.lr * request.shape(step))
-            status = self._survives(train, step, self.step, request.draw, request.offset + step)
-            due = request.evaluate_every and (step + 1) % request.evaluate_every == 0 and step + 1 < request.num_steps
-            if status is Status.OK and (due or (step + 1) % _LOOK_EVERY == 0 or step + 1 == request.num_steps):
-                status = read()
-            if status is Status.OK and due:
-                status = self._survives(score, step + 1, self.evaluate, request)
-            if status is Status.DIVERGED:
-                break
+        try:
+            self._train(request, losses, evaluations)
+        except _DivergedError:
+            status = Status.DIVERGED
         for state in request.release:
             self.release(state)
         if request.keep_end:
             self.keep(new_id)
-        if status is Status.OK and request.evaluate == "train":
-            evaluations.append(Evaluation.of_training(losses))
-        elif status is Status.OK and request.evaluate != "none":
-            status = self._survives(score, request.num_steps, self.evaluate, request)
+        if status is Status.OK:
+            try:
+                evaluations += self._evaluations_at_end(request, losses)
+            except _DivergedError:
+                status = Status.DIVERGED
         made = self.cost.steps - steps_before
         return ProbeResult(
             tuple(losses),
@@ -316,26 +299,56 @@ class Prober:
             None if made == len(losses) else made,
         )
 
-    def _survives(self, work: Callable[[int], None], step: int, again: Callable[..., Any], *args: Any) -> Status:
-        """Do a piece of work. Its exception is an answer when the weights are to blame: the real ones do not raise it.
+    def _train(self, request: Probe, losses: list[float], evaluations: list[Evaluation]) -> None:
+        """Make the steps of a probe, and add what came of them to the lists, as far as it came."""
+        unread: list[Tensor] = []
+        for done in range(1, request.num_steps + 1):
+            is_last = done == request.num_steps
+            self.progress(request, done - 1)
+            self.leave()
+            self.lr.set(request.lr * request.shape(done - 1))
+            loss = self._unless_weights_broke(partial(self.step, request.draw, request.offset + done - 1))
+            if loss is not None:
+                unread.append(loss)
+            is_due = not is_last and request.evaluate_every is not None and done % request.evaluate_every == 0
+            if is_due or is_last or done % _LOOK_EVERY == 0:
+                new, unread = mean_over_ranks(self._strategy, unread), []
+                bad = next((i for i, x in enumerate(new) if diverged(x, request.stop_above)), None)
+                losses += new if bad is None else new[: bad + 1]
+                if bad is not None:
+                    raise _DivergedError
+            if is_due:
+                evaluations.append(self._evaluation(request, done))
+
+    def _evaluations_at_end(self, request: Probe, losses: list[float]) -> list[Evaluation]:
+        if request.evaluate == "none":
+            return []
+        if request.evaluate == "train":
+            return [Evaluation.of_training(losses)]
+        return [self._evaluation(request, request.num_steps)]
+
+    def _evaluation(self, request: Probe, step: int) -> Evaluation:
+        return Evaluation(step, tuple(self._unless_weights_broke(partial(self.evaluate, request))))
+
+    def _unless_weights_broke(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives. Its exception is a divergence when the weights are to blame: the real ones do not raise it.
 
         User code may refuse to work with NaN, and so does anomaly detection. What the real weights raise, too, is the user's
         own error and ends the run, with the real state in place.
         """
         try:
-            work(step)
+            return work()
         except (ArithmeticError, RuntimeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             self.go_to("here")
             try:
-                again(*args)
+                work()
             except Exception:
                 # Whatever the second try raises, the user gets the first error. The second may come from an iterator that
                 # the first one broke; as a StopIteration it would even look to the Trainer like the end of an epoch.
                 raise error from None
-            return Status.DIVERGED
-        return Status.OK
+            raise _DivergedError from None
 
     def _losses(self, request: Probe) -> list[Tensor]:
         """One pass over the evaluation batches."""

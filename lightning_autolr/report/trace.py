@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_autolr.core.requests import Answer, Request, decode
@@ -153,7 +153,6 @@ def summary_of(segments: list[Segment], cost: Any) -> dict[str, Any]:
         "eval_batches": cost.eval_batches,
         "search_seconds": cost.seconds,
         "learning_rates": [s.lr for s in kept],
-        "cost": asdict(cost),
     }
 
 

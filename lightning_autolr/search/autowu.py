@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ __all__ = ["AutoWU", "WarmupRange"]
 _FEW = 10  # losses below which nothing is concluded from them
 _MOST_TESTS = 100
 _RESTARTS = 10
+Outcome = Literal["minimum", "diverged", "none"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class WarmupRange:
     lr: float
     bounds: tuple[float, float]
     num_steps: int
-    outcome: Literal["minimum", "diverged", "none"]
+    outcome: Outcome
     ceiling: float
     reason: str
 
@@ -208,70 +209,19 @@ class AutoWU(AbstractSearch):
 
         When it returns, the run is in the state of the lowest loss (unless ``guard`` is None) and nothing is kept.
         """
-        most, interval = self._warmup_steps(run), self._interval(run)
-        smoothed = None if self._guard is None else _SmoothedLoss(self._guard, max(_FEW, interval))
-        test, verdicts = self.test(), deque[bool](maxlen=self.patience)
-        losses: list[float] = []
-        regression: Regression | None = None
-        kept: str | None = None
-        kept_at, passed = 0, False
-        while len(losses) < most and not passed and not (smoothed and smoothed.ran_away):
-            begin = len(losses)
-            keep = smoothed is not None and smoothed.is_lowest
-            answer: TrainResult = yield Train(
-                lr=self.lr_at(begin, most),
-                num_steps=min(interval, most - begin),
-                shape=self._growth(begin, most),
-                keep_start=keep,
-                stop_above=None if smoothed is None else math.inf,
-                label="warm-up",
-                reason="The learning rate grows until the training loss has passed its minimum.",
-                kind="climb",
-                release=(kept,) if keep and kept is not None else (),
-            )
-            if not answer.losses:
-                raise ValueError(
-                    "Expected the training loss of each step of the warm-up, got none. Return it from `training_step`."
-                )
-            losses += answer.losses
-            if keep:
-                kept, kept_at = answer.start, begin
-            if smoothed is not None:
-                smoothed.add(answer.losses, answer.status)
-            enough = 2 if len(losses) >= most else _FEW  # the last test is made for its minimum alone
-            if np.isfinite(losses).sum() >= enough and not (self.compat and len(losses) >= most):
-                regression = test(losses)
-                verdicts.append(regression.past)
-                passed = len(verdicts) == self.patience and all(verdicts)
-        # Position 1 is the step to come. The published code puts the last step's learning rate there.
-        now = len(losses) - self.compat
-        reached = self.lr_at(len(losses) - 1, most)
-        lr = reached
-        if regression is not None and (passed or not self.compat):
-            lr = float(np.mean([self.lr_at(x * now, most) for x in regression.argmins]))
-        diverged = smoothed is not None and smoothed.ran_away
-        if diverged:
-            lr = min(lr, self.lr_at(kept_at, most))
-            reason = f"The training loss ran away by step {len(losses)}: back to step {kept_at}."
-        elif passed:
-            reason = f"The training loss passed its minimum before step {len(losses)}: back to it."
-        else:
-            reason = f"The training loss had not passed a minimum by step {len(losses)}, where the warm-up must end."
-        made = len(losses)
-        if kept is not None:
-            # a step that brings back the state of the lowest loss, or at least gives it up
-            risen = diverged or (regression is not None and regression.past)
-            start = kept if risen else None
-            answer = yield Train(lr, 1, start=start, stage=1, label="warm-up", reason=reason, release=(kept,))
-            made += len(answer.losses)
-        return WarmupRange(
-            lr=lr,
-            bounds=(lr / 10, max(lr, reached)),
-            num_steps=made,
-            outcome="diverged" if diverged else "minimum" if passed else "none",
-            ceiling=math.inf if smoothed is None else smoothed.ceiling,
-            reason=reason,
+        climb = _Climb(self, self._warmup_steps(run), self._interval(run))
+        while not climb.is_over:
+            piece = climb.next_piece()
+            climb.add(piece, (yield piece))
+        found = climb.found()
+        if climb.kept is None:
+            return found
+        # a step that brings back the state of the lowest loss, or at least gives it up
+        start = climb.kept if climb.has_risen else None
+        answer: TrainResult = yield Train(
+            found.lr, 1, start=start, stage=1, label="warm-up", reason=found.reason, release=(climb.kept,)
         )
+        return replace(found, num_steps=found.num_steps + len(answer.losses))
 
     def _decline(self, run: Run, found: WarmupRange) -> Requests:
         """From the learning rate found to the end of the run.
@@ -374,6 +324,92 @@ class AutoWU(AbstractSearch):
         if self.compat:
             decay = Shifted(decay, 1)
         return Joined((Constant(), decay), (hold,)) if hold else decay
+
+
+class _Climb:
+    """A warm-up as far as it went: its losses, what the tests say of them, and the state where they were lowest."""
+
+    def __init__(self, search: AutoWU, most: int, interval: int) -> None:
+        self._search, self._most, self._interval = search, most, interval
+        self._test, self._verdicts = search.test(), deque[bool](maxlen=search.patience)
+        self._smoothed = None if search._guard is None else _SmoothedLoss(search._guard, max(_FEW, interval))
+        self._losses: list[float] = []
+        self._regression: Regression | None = None
+        self.kept: str | None = None
+        self._kept_at = 0
+
+    @property
+    def is_over(self) -> bool:
+        return len(self._losses) >= self._most or self._passed or self._ran_away
+
+    @property
+    def has_risen(self) -> bool:
+        """Whether the state of the lowest loss is better than the present one."""
+        return self._ran_away or (self._regression is not None and self._regression.past)
+
+    @property
+    def _passed(self) -> bool:
+        return len(self._verdicts) == self._search.patience and all(self._verdicts)
+
+    @property
+    def _ran_away(self) -> bool:
+        return self._smoothed is not None and self._smoothed.ran_away
+
+    def next_piece(self) -> Train:
+        """The steps up to the next test; where the loss is at its lowest, the state before them is kept."""
+        search, begin = self._search, len(self._losses)
+        keep = self._smoothed is not None and self._smoothed.is_lowest
+        return Train(
+            lr=search.lr_at(begin, self._most),
+            num_steps=min(self._interval, self._most - begin),
+            shape=search._growth(begin, self._most),
+            keep_start=keep,
+            stop_above=None if self._smoothed is None else math.inf,
+            label="warm-up",
+            reason="The learning rate grows until the training loss has passed its minimum.",
+            kind="climb",
+            release=(self.kept,) if keep and self.kept is not None else (),
+        )
+
+    def add(self, piece: Train, answer: TrainResult) -> None:
+        """Note what came of a piece, and test all losses so far."""
+        if not answer.losses:
+            raise ValueError(
+                "Expected the training loss of each step of the warm-up, got none. Return it from `training_step`."
+            )
+        if piece.keep_start:
+            self.kept, self._kept_at = answer.start, len(self._losses)
+        self._losses += answer.losses
+        if self._smoothed is not None:
+            self._smoothed.add(answer.losses, answer.status)
+        is_last = len(self._losses) >= self._most
+        enough = 2 if is_last else _FEW  # the last test is made for its minimum alone
+        if np.isfinite(self._losses).sum() >= enough and not (is_last and self._search.compat):
+            self._regression = self._test(self._losses)
+            self._verdicts.append(self._regression.past)
+
+    def found(self) -> WarmupRange:
+        search, made = self._search, len(self._losses)
+        lr = reached = search.lr_at(made - 1, self._most)
+        if self._regression is not None and (self._passed or not search.compat):
+            # Position 1 is the step to come. The published code puts the last step's learning rate there.
+            now = made - search.compat
+            lr = float(np.mean([search.lr_at(x * now, self._most) for x in self._regression.argmins]))
+        outcome: Outcome = "minimum" if self._passed else "none"
+        if self._ran_away:
+            outcome, lr = "diverged", min(lr, search.lr_at(self._kept_at, self._most))
+        return WarmupRange(
+            lr=lr,
+            bounds=(lr / 10, max(lr, reached)),
+            num_steps=made,
+            outcome=outcome,
+            ceiling=math.inf if self._smoothed is None else self._smoothed.ceiling,
+            reason={
+                "diverged": f"The training loss ran away by step {made}: back to step {self._kept_at}.",
+                "minimum": f"The training loss passed its minimum before step {made}: back to it.",
+                "none": f"The training loss had not passed a minimum by step {made}, where the warm-up must end.",
+            }[outcome],
+        )
 
 
 def _total(run: Run) -> int:

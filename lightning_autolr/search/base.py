@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_autolr.core.requests import Answer, Request, Requests, Run
 
-__all__ = ["AbstractSearch", "ReplayError", "difference", "replay"]
+__all__ = ["AbstractSearch", "ReplayError", "advance", "difference", "replay"]
 
 _MOST_DIFFERENCES = 4  # of two requests, in a message
 
@@ -65,6 +65,14 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def advance(requests: Requests, answer: Answer) -> Request | None:
+    """Give a search an answer; returns its next request, or None when it has ended."""
+    try:
+        return requests.send(answer)
+    except StopIteration:
+        return None
+
+
 def replay(requests: Requests, record: Sequence[tuple[Request, Answer]]) -> Request | None:
     """Feed recorded answers to a new generator and return the request that comes next, or None when it has finished.
 
@@ -79,8 +87,5 @@ def replay(requests: Requests, record: Sequence[tuple[Request, Answer]]) -> Requ
                 f"{difference(recorded, request)}. The options, the seed or the version of the search changed since the "
                 "checkpoint was written, or the length of the run: resume with the same ones."
             )
-        try:
-            request = requests.send(answer)
-        except StopIteration:
-            request = None
+        request = advance(requests, answer)
     return request

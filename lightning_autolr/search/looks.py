@@ -13,7 +13,7 @@ from lightning_autolr.core.requests import ProbeResult
 
 __all__ = ["Finding", "Looks"]
 
-_BY_HEART = 0.15  # training losses are so much below the lowest look, or below what they were then, as a share of it
+_OVERFITTED = 0.15  # training losses are so much below the lowest look, or below what they were then, as a share of it
 _LITTLE = 0.1  # of the first loss: while less has been gained, losing half of it means nothing
 
 
@@ -23,7 +23,7 @@ class Finding(Enum):
     LOWEST = "The loss fell."
     HIGHER = "The loss was lower before, but not for long."
     BLEW_UP = "The loss blew up"
-    BY_HEART = "The data are learnt by heart"
+    OVERFITS = "The network overfits"
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Looks:
         if look is None or self._blew_up(look):
             finding = Finding.BLEW_UP
         elif _overfits(self._seen, self._patience, learnt):
-            finding = Finding.BY_HEART
+            finding = Finding.OVERFITS
         else:
             return Finding.HIGHER
         self._seen = []  # what comes next starts from elsewhere
@@ -110,4 +110,4 @@ def _overfits(seen: Sequence[tuple[float, float]], window: int, learnt: float) -
         return False
     before, after = seen[-2 * window : -window], seen[-window:]
     rises = median(look for look, _ in after) > median(look for look, _ in before)
-    return rises and fmean(train_loss for _, train_loss in after) < learnt - _BY_HEART * abs(learnt)
+    return rises and fmean(train_loss for _, train_loss in after) < learnt - _OVERFITTED * abs(learnt)

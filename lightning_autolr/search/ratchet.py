@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lightning_autolr.core.losses import divergence_limit
 from lightning_autolr.core.requests import Probe, Request, Requests, Run, Status, Train, TrainResult, private_steps
 from lightning_autolr.schedules import Constant, Schedule, Shifted
-from lightning_autolr.search.base import AbstractSearch
+from lightning_autolr.search.base import AbstractSearch, advance
 from lightning_autolr.search.looks import Finding, Looks
 
 __all__ = ["LOOK", "Guarded", "Ratchet"]
@@ -71,34 +71,26 @@ class Ratchet:
             return self.longest_stage
         return min(self.longest_stage, max(_SHORTEST_STAGE, total_steps // self.num_looks))
 
-    def guard(self, requests: Requests, run: Run) -> Requests:
-        """The same requests, with each real training cut into stages that can be undone.
-
-        The search inside learns nothing of it: it is told all losses, also of undone steps. Training that the search itself
-        can undo (``keep_start``) and that diverges is its own affair.
-        """
-        if self.evaluate != "holdout" and not run.has_validation:
-            raise ValueError("Expected validation batches for the ratchet, got none. Use Ratchet(evaluate='holdout').")
-        watch = _Watch(self, run)
-        request = next(requests, None)
-        while request is not None:
-            answer = yield from watch.answer(request)
-            try:
-                request = requests.send(answer)
-            except StopIteration:
-                request = None
-        yield from watch.end()
-
 
 @dataclass(frozen=True)
 class Guarded(AbstractSearch):
-    """A search with a ratchet around it."""
+    """A search with a ratchet around it: each real training is cut into stages that can be undone.
+
+    The search inside learns nothing of it: it is told all losses, also of undone steps. Training that the search itself can
+    undo (``keep_start``) and that diverges is its own affair.
+    """
 
     search: AbstractSearch
     ratchet: Ratchet = Ratchet()
 
     def requests(self, run: Run) -> Requests:
-        return self.ratchet.guard(self.search.requests(run), run)
+        if self.ratchet.evaluate != "holdout" and not run.has_validation:
+            raise ValueError("Expected validation batches for the ratchet, got none. Use Ratchet(evaluate='holdout').")
+        watch, inner = _Watch(self.ratchet, run), self.search.requests(run)
+        request = next(inner, None)
+        while request is not None:
+            request = advance(inner, (yield from watch.answer(request)))
+        yield from watch.end()
 
     def describe(self, run: Run) -> str:
         plan = self.search.describe(run)

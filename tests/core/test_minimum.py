@@ -213,18 +213,16 @@ def test_jitter_is_added_to_a_singular_matrix(negative: float) -> None:
 
 def test_a_figure_s_arrays_are_those_of_the_tests_made() -> None:
     losses = curve("bowl", 80, noise=0.1)
-    lrs = 1e-5 * 1e5 ** (np.arange(80) / 160)
-    found = explain(losses.tolist(), lrs.tolist(), tested=(30, 60, 80))
+    found = explain(losses.tolist(), tested=(30, 60, 80))
     test = PastMinimum()
     last = [test(losses[:n]) for n in (30, 60, 80)][-1]
     np.testing.assert_array_equal(found.mean, last.mean)
     np.testing.assert_array_equal(found.grid, GRID * 80)
-    assert found.past.tolist()[-1] == last.past
-    assert found.argmin_lr == pytest.approx(np.mean(1e-5 * 1e5 ** (last.argmins * 80 / 160)))
-    assert found.steps.shape == found.losses.shape == (80,)
+    assert found.argmin == pytest.approx(80 * last.argmins.mean())
+    assert found.probability[-1] == np.median(last.probabilities)
     assert found.probability.shape == found.tested.shape == (3,)
-    with pytest.raises(ValueError, match="as many losses as learning rates"):
-        explain([1.0, 2.0], [0.1], tested=(2,))
+    with pytest.raises(ValueError, match="tests of 1 to 2 losses"):
+        explain([1.0, 2.0], tested=(3,))
 
 
 @pytest.mark.parametrize(("field", "value"), [("confidence", 1.0), ("num_tests", 0), ("seed", -1)])

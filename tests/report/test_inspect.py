@@ -17,7 +17,7 @@ from rich.console import Console
 from lightning_autolr.commands import inspect
 from lightning_autolr.core.losses import paired
 from lightning_autolr.core.range_rules import RULES, RangeSuggestion, Rule
-from lightning_autolr.core.requests import LineProbe, Probe, ProbeResult, Request, Status, Train, TrainResult
+from lightning_autolr.core.requests import LineProbe, Probe, ProbeResult, Request, Status, Train
 from lightning_autolr.core.surrogate import Observation, Suggestion
 from lightning_autolr.report.figures import drawings_of
 from lightning_autolr.report.inspect import (
@@ -28,7 +28,7 @@ from lightning_autolr.report.inspect import (
     searches_of,
 )
 from lightning_autolr.report.trace import Entry
-from lightning_autolr.schedules import Points, Segment, Shifted, Tabulated, to_plain
+from lightning_autolr.schedules import Segment, Tabulated, to_plain
 from lightning_autolr.search import published
 from lightning_autolr.search.autolrs import AutoLRS
 from lightning_autolr.search.autowu import AutoWU
@@ -293,13 +293,6 @@ def test_a_trace_that_a_crash_cut_short(tmp_path: Path) -> None:
     inspection = inspect_run(tmp_path)
     assert len(inspection.trace) == 3
     assert "0.01" in shown(inspection)
-
-
-def test_a_trace_of_autowu_can_be_read(tmp_path: Path) -> None:
-    shape = Shifted(Points((1.0, 0.5, 0.0), num_steps=4), 1)
-    pairs = [(Train(0.1, 3, shape=shape), TrainResult((1.0, 1.0, 1.0)))]
-    trace, segments = entries_of(pairs), segments_of(pairs)
-    assert inspect_run(write(tmp_path, trace, segments)).trace == tuple(trace)
 
 
 def test_range_tests_of_the_callback(tmp_path: Path) -> None:

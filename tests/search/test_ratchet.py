@@ -142,7 +142,7 @@ def test_a_look_that_jumps_while_training_does_not_is_no_blow_up() -> None:
     assert any(q.start for q, _ in Curve(looks).run(FALLING, 400))
 
 
-def test_losses_that_rise_are_harm_only_where_the_data_are_learnt_by_heart() -> None:
+def test_losses_that_rise_are_harm_only_where_the_network_overfits() -> None:
     low, high = [0.9, 1.3, 0.8, 0.7, 0.8], [0.75, 0.7, 0.9, 1.0, 1.0]  # as batch norm's statistics jitter
     looks = [2.0, *low, *high, *(0.69 - 0.005 * i for i in range(50))]
 
@@ -158,7 +158,7 @@ def test_losses_that_rise_are_harm_only_where_the_data_are_learnt_by_heart() -> 
 
 
 @pytest.mark.parametrize("shift", [0.0, 3.0])
-def test_learnt_by_heart_is_a_difference_where_losses_are_negative(shift: float) -> None:
+def test_overfitting_is_a_difference_where_losses_are_negative(shift: float) -> None:
     """As those of a density model may be: training losses above the lowest look are not far below it."""
     jitters = [(shift - 1.0, shift - 0.9)] * 5 + [(shift - 0.99, shift - 0.9)] * 5
     assert not _overfits(jitters, 5, learnt=shift - 1.0)

@@ -85,10 +85,9 @@ def is_autowu(piece: Piece) -> bool:
 def _explained(climb: Sequence[Piece]) -> Explanation | None:
     """Some of AutoWU's tests, the last one among them; None when there were too few losses for any."""
     losses = [loss for piece in climb for loss in piece.losses]
-    lrs = [piece.segment(i) for piece in climb for i in range(len(piece.losses))]
     ends = np.cumsum([len(piece.losses) for piece in climb])
     useful = [int(n) for n in ends if np.isfinite(losses[:n]).sum() >= _FEWEST_LOSSES]
     if not useful:
         return None
     tested = sorted({useful[round(i)] for i in np.linspace(0, len(useful) - 1, _MOST_TESTS)})
-    return explain(losses, lrs, tested, PastMinimum(num_tests=1))
+    return explain(losses, tested, PastMinimum(num_tests=1))

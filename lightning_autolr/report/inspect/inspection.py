@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lightning_autolr.search.autowu  # noqa: F401  (defines schedules that stand in traces)
 from lightning_autolr.core.range_rules import RangeCurve, RangeSuggestion
 from lightning_autolr.core.requests import Train, decode
 from lightning_autolr.report.inspect.reading import pieces_of, range_suggestion, searches_of
