@@ -68,6 +68,14 @@ class Announcer:
             )
         self._has_warned = True
 
+    def warn_ended_early(self, made: int, planned: int) -> None:
+        """The ratchet goes back to the best weights before the last step that was planned."""
+        rank_zero_warn(
+            f"{self.name}: the run was ended after {made} of {planned} steps, by early stopping perhaps. It keeps its last "
+            "weights; only at the planned end the ratchet goes back to the best ones. Take those of a `ModelCheckpoint`, or "
+            "leave the stopping to the ratchet, and plan a shorter run."
+        )
+
     def say_account(self, summary: Mapping[str, Any]) -> None:
         """Print what the run took, and what it found."""
         folder = self._record.folder

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from lightning_autolr.engine import compat
 from lightning_autolr.engine.loaders import parts_of_loader, private_loader
 from lightning_autolr.engine.randomness import RandomState, generators_of
-from lightning_autolr.engine.state import is_foreign, slots_of
+from lightning_autolr.engine.state import slots_of
 
 _MIN_EVALUATIONS = 8
 _SHARED = (nn.Module, Dataset)  # what a batch may refer to, and is no part of it
@@ -82,7 +82,7 @@ def _parts(batch: Any) -> Iterator[Any]:
             waiting.extend(part.values())
         elif isinstance(part, (list, tuple, set)):
             waiting.extend(part)
-        elif not isinstance(part, (Tensor, type, *_SHARED)) and not is_foreign(type(part)):
+        elif not isinstance(part, (Tensor, type, *_SHARED)) and not compat.is_foreign(type(part).__module__):
             waiting.extend(getattr(part, "__dict__", {}).values())
             waiting.extend(getattr(part, name, None) for name, _ in slots_of(part))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 __all__ = [
     "CACHED_LRS",
     "LIVE_MODULES",
+    "MODULE_ATTRIBUTES",
     "OWNERS",
     "BatchNorm",
     "clone_combined",
@@ -28,10 +30,12 @@ __all__ = [
     "foreach_norm",
     "has_comm_hook",
     "inner_schedulers",
+    "is_foreign",
     "is_view",
     "local_tensor",
     "logger_step",
     "on_before_batch_transfer",
+    "parts_of_loader",
     "remove_log_methods",
     "reshard",
     "set_in_loader",
@@ -52,7 +56,18 @@ LIVE_MODULES = {
     "_queue", "_thread", "asyncio", "concurrent", "ctypes", "multiprocessing", "queue", "selectors", "socket", "sqlite3", "ssl",
     "subprocess", "threading",
 }  # fmt: skip
+_FOREIGN = sys.stdlib_module_names | {
+    "PIL", "lightning", "lightning_autolr", "lightning_fabric", "lightning_utilities", "mlflow", "numpy", "omegaconf",
+    "pandas", "pytorch_lightning", "tensorboard", "tensorboardX", "tokenizers", "torch", "torchmetrics",
+    "torchvision", "transformers", "triton", "wandb",
+}  # fmt: skip
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"_modules"}  # of torch's own: tensors and hooks
 OWNERS = frozenset({"_trainer", "_fabric"})  # attributes by which a module knows who runs it
+
+
+def is_foreign(module: str) -> bool:
+    """Whether code is Python's, torch's, Lightning's or of one of the packages around them: it knows what is in its objects."""
+    return module.partition(".")[0] in _FOREIGN
 
 
 def remove_log_methods(callback: Any) -> None:
@@ -128,6 +143,11 @@ def clone_loader(loader: DataLoader[Any]) -> DataLoader[Any]:
     clone.__dict__.update(loader.__dict__)
     clone.__dict__.update(_iterator=None, persistent_workers=False)
     return clone
+
+
+def parts_of_loader(loader: DataLoader[Any]) -> tuple[Any, ...]:
+    """All its attributes, less the iterator that it is read by."""
+    return tuple(value for name, value in vars(loader).items() if name != "_iterator")
 
 
 def has_comm_hook(strategy: Any) -> bool:

@@ -105,6 +105,7 @@ def _dump(trainer: Any, prober: Prober) -> dict[str, Any]:
     return copy.deepcopy(
         {
             "tensors": {name: tensor.detach() for name, tensor in tensors.items()},
+            "persistent": list(module.state_dict()),
             "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
             "precision": trainer.precision_plugin.state_dict(),
@@ -117,8 +118,17 @@ def _dump(trainer: Any, prober: Prober) -> dict[str, Any]:
 def _load(trainer: Any, prober: Prober, state: dict[str, Any]) -> None:
     module = trainer.lightning_module
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    if missing := sorted(set(state["tensors"]) & set(state["persistent"]) - set(tensors)):
+        raise ValueError(
+            f"Expected the module to have {', '.join(missing[:4])} when its training is resumed, got none: part of the weights "
+            "that the search goes back to. What comes later, as by a pruning callback, must be there from the start: make it "
+            "in the module's `__init__` or `configure_model`."
+        )
     for name, tensor in state["tensors"].items():
-        tensors[name].copy_(tensor)
+        if name in tensors:  # else the module makes the buffer when it needs it
+            if tensors[name].shape != tensor.shape:  # such as a cache that has grown
+                tensors[name].data = tensors[name].new_empty(tensor.shape)
+            tensors[name].copy_(tensor)
     for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
         # Those that a finetuning callback added since are not part of it. A new list: the old one is what is put back.
         optimizer.param_groups = optimizer.param_groups[: len(saved["param_groups"])]

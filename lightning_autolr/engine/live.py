@@ -130,6 +130,8 @@ class LiveSearch:
     def end(self) -> None:
         """The training has ended as it should."""
         if self._active is not None and self._active.steps_done:
+            if self._owner.ratchet is not None and self.length.total is not None:
+                self.announcer.warn_ended_early(self.trained, self.length.total)
             self._active.read(self.trainer.strategy)
             self._finish(Status.OK)
         self._active = None

@@ -65,7 +65,7 @@ def private_loader(loader: Any, seed: int, draw: int, skip: int, copies: dict[in
 def parts_of_loader(loader: Any) -> tuple[Any, ...]:
     """What a loader was made of."""
     if isinstance(loader, DataLoader):
-        return loader.dataset, loader.sampler, loader.batch_sampler, loader.collate_fn
+        return compat.parts_of_loader(loader)
     return (loader,)
 
 

@@ -23,7 +23,7 @@ from lightning_autolr.engine.line import answer_line_probe
 from lightning_autolr.engine.lr import LearningRate
 from lightning_autolr.engine.permute import permute_weights
 from lightning_autolr.engine.quiet import LogSink, deferred_signals, quiet
-from lightning_autolr.engine.randomness import Generator, RandomState, generators_in_code_of, generators_of
+from lightning_autolr.engine.randomness import Generator, RandomState, generators_of
 from lightning_autolr.engine.ranks import gather, mean_over_ranks
 from lightning_autolr.engine.state import Fork, take_gradients
 from lightning_autolr.engine.steps import index_in_epoch, private_step, steps_per_batch, to_device
@@ -111,8 +111,7 @@ class Prober:
     @contextmanager
     def session(self) -> Iterator[str]:
         """A row of probes from one moment of the run. Yields the fingerprint of the weights."""
-        # Globals of the module's code; what it holds itself is part of the fork.
-        self._held = generators_in_code_of(self._module.modules()) + generators_of([self.trainer.datamodule])
+        self._held = generators_of([self.trainer.datamodule, *self._module.modules()])
         random_state = self._random_state()
         grads: list[tuple[torch.nn.Parameter, Tensor]] = []
         with quiet(self.trainer, self._module, list(self._options.search_callbacks)) as (sink, signals):
@@ -120,8 +119,6 @@ class Prober:
             self._at, self._sink, self._signals = "here", sink, signals
             try:
                 grads += take_gradients(self._module.parameters())
-                if self._module.automatic_optimization:
-                    grads.clear()  # at an accumulation boundary it has no use for old ones; a manual one may
                 self._here.capture()
                 yield self._here.fingerprint()
             finally:

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
@@ -116,9 +117,6 @@ def quiet(trainer: Any, module: nn.Module, heard_by: list[Callback]) -> Iterator
 
         def put_back() -> None:
             trainer.callbacks, trainer.loggers, trainer.should_stop = callbacks, loggers, should_stop
-            trainer.__dict__.pop("save_checkpoint", None)
-            for loggable in loggables:
-                loggable.__dict__.pop("log", None)
 
         stack.callback(put_back)
         # A new list, never a changed one: Lightning is iterating over the old one right now.
@@ -126,11 +124,54 @@ def quiet(trainer: Any, module: nn.Module, heard_by: list[Callback]) -> Iterator
         heard = [c for c in callbacks if isinstance(c, ProgressBar) or c in heard_by]
         silent = [c if c in heard else _SilentCallback(c) for c in callbacks]
         trainer.callbacks = [*silent, *(c for c in heard_by if c not in callbacks)]
-        trainer.save_checkpoint = _refuse_to_save
         trainer.loggers = [_SilentLogger(logger) for logger in loggers]
+        stack.enter_context(_instead(trainer, "save_checkpoint", _refuse_to_save))
         for loggable in loggables:
-            loggable.__dict__["log"] = sink
+            # An override of `log` is heard: what it makes of a name is what the user monitors.
+            if isinstance(loggable, LightningModule) and "log" not in vars(loggable):
+                stack.enter_context(_logging_to(loggable, sink))
+            else:
+                stack.enter_context(_instead(loggable, "log", sink))
+        for callback in heard_by:  # Lightning gave them the module's method
+            stack.enter_context(_instead(callback, "log", sink))
         yield sink, waiting
+
+
+@contextmanager
+def _instead(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Another value of an attribute of the instance; there may have been none."""
+    attributes = vars(owner)
+    before = {name: attributes[name]} if name in attributes else {}
+    attributes[name] = value
+    try:
+        yield
+    finally:
+        attributes.pop(name, None)
+        attributes.update(before)
+
+
+_SINKS: dict[int, LogSink] = {}  # by the id of the module that logs to it; fits may run in several threads
+_LIGHTNING_S_LOG = LightningModule.log
+
+
+@contextmanager
+def _logging_to(module: LightningModule, sink: LogSink) -> Iterator[None]:
+    """What reaches Lightning's own ``log`` goes into the sink, also when it comes by ``super().log``."""
+    _SINKS[id(module)] = sink
+    LightningModule.log = _log  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del _SINKS[id(module)]
+        if not _SINKS:
+            LightningModule.log = _LIGHTNING_S_LOG  # type: ignore[method-assign]
+
+
+def _log(self: LightningModule, *args: Any, **kwargs: Any) -> None:
+    if (sink := _SINKS.get(id(self))) is not None:
+        sink(*args, **kwargs)
+    else:
+        _LIGHTNING_S_LOG(self, *args, **kwargs)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import copy
 import inspect
 import random
 import sys
+import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
@@ -13,17 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
 
-__all__ = ["GENERATORS", "Generator", "RandomState", "generators_in_code_of", "generators_of", "restore_of"]
+from lightning_autolr.engine.compat import MODULE_ATTRIBUTES, is_foreign
+
+__all__ = ["GENERATORS", "Generator", "RandomState", "generators_of", "restore_of"]
 
 Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
+_INSTALLED = tuple({sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib", "platstdlib")})
 _FEW = 100  # entries of a collection that is looked through: one with more is data
-_MANY = 10_000  # objects that are looked at
-_NO_HOLDERS = (Tensor, np.ndarray, str, bytes, int, float, type, ModuleType, LightningModule, Trainer)
+_MANY = 100_000  # objects that are looked at
+_NO_HOLDERS = (Tensor, np.ndarray, str, bytes, int, float, type, ModuleType, Trainer)
 
 
 class RandomState:
@@ -115,12 +119,12 @@ def _seed_one(generator: Generator, seed: int) -> None:
 
 
 def generators_of(roots: Iterable[object]) -> list[Generator]:
-    """Generators that objects hold: datasets, transforms, functions that collate.
+    """Generators that objects hold: datasets, transforms, modules, functions that collate.
 
     Looked for in attributes, in what a function is closed over, in collections of at most 100 entries, and among the globals
-    of the code that the objects and functions come from. Not in Lightning's modules: what they hold is part of a fork.
+    of the code that the objects and functions come from, and of the user's own code that this imports.
     """
-    waiting, seen = list(roots), dict[int, object]()
+    waiting, seen, code = list(roots), dict[int, object](), set[str]()
     while waiting and len(seen) < _MANY:
         obj = waiting.pop()
         if obj is None or id(obj) in seen or isinstance(obj, _NO_HOLDERS):
@@ -128,32 +132,45 @@ def generators_of(roots: Iterable[object]) -> list[Generator]:
         seen[id(obj)] = obj
         if not isinstance(obj, GENERATORS):
             waiting.extend(_parts(obj))
-    return [obj for obj in seen.values() if isinstance(obj, GENERATORS)]
+            code |= (
+                {obj.__module__} if isinstance(obj, FunctionType) else {kind.__module__ for kind in type(obj).__mro__}
+            )
+    held = [obj for obj in seen.values() if isinstance(obj, GENERATORS)]
+    return list({id(generator): generator for generator in [*held, *_in_code(code)]}.values())
 
 
 def _parts(obj: Any) -> Iterator[object]:
-    if isinstance(obj, dict):
-        yield from obj.values() if len(obj) <= _FEW else ()
-    elif isinstance(obj, (list, tuple, set)):
-        yield from obj if len(obj) <= _FEW else ()
+    if isinstance(obj, (dict, list, tuple, set)):
+        yield from (obj.values() if isinstance(obj, dict) else obj) if len(obj) <= _FEW else ()
     elif isinstance(obj, MethodType):
         yield from (obj.__self__, obj.__func__)
     elif isinstance(obj, partial):
         yield from (obj.func, *obj.args, *obj.keywords.values())
     elif isinstance(obj, FunctionType):
         yield from inspect.getclosurevars(obj).nonlocals.values()
-        yield from _in_code(obj.__module__)
-    else:
-        yield from vars(obj).values() if hasattr(obj, "__dict__") else ()
-        yield from generators_in_code_of([obj])
+    elif isinstance(obj, nn.Module):
+        yield from (value for name, value in vars(obj).items() if name not in MODULE_ATTRIBUTES)
+    elif hasattr(obj, "__dict__"):
+        yield from vars(obj).values()
 
 
-def generators_in_code_of(objects: Iterable[object]) -> list[Generator]:
-    """Generators among the globals of the code that objects come from."""
-    modules = {kind.__module__ for kinds in {type(obj).__mro__ for obj in objects} for kind in kinds}
-    return [generator for module in sorted(modules) for generator in _in_code(module)]
+def _in_code(names: Iterable[str]) -> Iterator[Generator]:
+    """Globals of modules, and of the modules of the user's own that these import."""
+    waiting, seen = list(names), set[str]()
+    while waiting:
+        name = waiting.pop()
+        if name in seen or is_foreign(name) or name not in sys.modules:
+            continue
+        seen.add(name)
+        for value in list(vars(sys.modules[name]).values()):
+            if isinstance(value, GENERATORS):
+                yield value
+            other = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+            if isinstance(other, str) and _is_users_own(other):
+                waiting.append(other)
 
 
-def _in_code(module: str) -> list[Generator]:
-    names = vars(sys.modules[module]) if module in sys.modules else {}
-    return [value for value in names.values() if isinstance(value, GENERATORS)]
+def _is_users_own(name: str) -> bool:
+    """Whether a module is no installed one."""
+    file = getattr(sys.modules.get(name), "__file__", None) or ""
+    return not file.startswith(_INSTALLED)

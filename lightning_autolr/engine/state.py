@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from types import MemberDescriptorType, SimpleNamespace
@@ -26,20 +25,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_autolr.engine.compat import LIVE_MODULES, OWNERS, float_of_sums, is_view, local_tensor, reshard
+from lightning_autolr.engine.compat import (
+    LIVE_MODULES,
+    OWNERS,
+    float_of_sums,
+    is_foreign,
+    is_view,
+    local_tensor,
+    reshard,
+)
 from lightning_autolr.engine.files import Store
 from lightning_autolr.engine.randomness import GENERATORS, restore_of
 
-__all__ = ["Fork", "is_foreign", "slots_of", "take_gradients"]
+__all__ = ["Fork", "slots_of", "take_gradients"]
 
 # Not part of a training state: who owns the module, and the sink that stands in for `log` while a search is running.
 _LEFT_ALONE = OWNERS | {"log"}
-# Whose objects are no records of a user's: their own code knows what is in them, or they are seen to above.
-_FOREIGN = sys.stdlib_module_names | {
-    "PIL", "lightning", "lightning_autolr", "lightning_fabric", "lightning_utilities", "mlflow", "numpy", "omegaconf",
-    "pandas", "pytorch_lightning", "tensorboard", "tensorboardX", "tokenizers", "torch", "torchmetrics",
-    "torchvision", "transformers", "triton", "wandb",
-}  # fmt: skip
 _DATA = {"dgl", "torch_geometric"}  # their objects are data, perhaps large: of a batch, but no state of a module
 _UNSET = object()  # what a slot holds that was never set
 _NEUTRAL = {"abc", "collections.abc", "typing"}  # bases that bring no state along
@@ -121,15 +122,17 @@ class _Walk:
         self._seen[id(obj)] = obj
         if isinstance(obj, Tensor):
             self._visit_tensor(obj)
-        elif isinstance(obj, dict):
-            self._visit_dict(obj)
-        elif isinstance(obj, (list, deque, set)):
-            self._visit_sequence(obj)
+        elif isinstance(obj, (dict, list, deque, set)):
+            self._visit_dict(obj) if isinstance(obj, dict) else self._visit_sequence(obj)
+            if type(obj) not in (dict, list, deque, set):
+                self._visit_attributes(obj, frozenset())
         elif isinstance(obj, tuple):
             self._visit_all(obj)
         elif isinstance(obj, _WALKED) or (dataclasses.is_dataclass(obj) and not isinstance(obj, type)):
             self._visit_attributes(obj, _LEFT_ALONE)
             self._visit_own_state(obj)
+            if isinstance(obj, torch.jit.ScriptModule):  # its attributes are those of an object in C++
+                self._visit_all([*obj.parameters(), *obj.buffers()])
         elif _is_record(obj):
             self._records.append(obj)
         elif (state := _opaque_state(obj)) is not None:
@@ -145,11 +148,17 @@ class _Walk:
         if tensor.is_leaf:
             flag = tensor.requires_grad
             self.put_back.append(lambda: _set_requires_grad(tensor, flag))
+            if flag and not isinstance(tensor, nn.Parameter):  # those of parameters are taken away before a search
+                grad = tensor.grad
+                self.put_back.append(lambda: setattr(tensor, "grad", grad))
+                self.visit(grad)
         elif tensor.grad_fn is not None:
             return  # part of a live graph: training does not write into it, and writing would break its backward
         shape = tensor.shape
         self.put_back.append(lambda: _set_shape(tensor, shape))
         self.tensors.append(tensor)
+        if isinstance(tensor, nn.Parameter) or vars(tensor):  # to which user code may attach something
+            self._visit_dict(vars(tensor))
 
     def _visit_dict(self, obj: dict[Any, Any], left_alone: frozenset[str] = frozenset()) -> None:
         items = {key: value for key, value in obj.items() if key not in left_alone}
@@ -189,13 +198,13 @@ class _Walk:
         items = list(obj)
 
         def put_back() -> None:
-            if (
-                isinstance(obj, set)
-                or len(obj) != len(items)
-                or any(a is not b for a, b in zip(obj, items, strict=True))
-            ):
+            if isinstance(obj, set):
+                if set(map(id, obj)) != set(map(id, items)):  # one that is filled anew has another order
+                    obj.clear()
+                    obj.update(items)
+            elif len(obj) != len(items) or any(a is not b for a, b in zip(obj, items, strict=True)):
                 obj.clear()
-                obj.update(items) if isinstance(obj, set) else obj.extend(items)
+                obj.extend(items)
 
         self.put_back.append(put_back)
         self._visit_all(items)
@@ -205,11 +214,6 @@ class _Walk:
         if hasattr(obj, "autolr_state_dict"):
             saved = copy.deepcopy(obj.autolr_state_dict())
             self.put_back.append(lambda: obj.autolr_load_state_dict(copy.deepcopy(saved)))
-
-
-def is_foreign(kind: type) -> bool:
-    """Whether a class comes from Python, torch, Lightning or one of the packages around them."""
-    return kind.__module__.partition(".")[0] in _FOREIGN
 
 
 def slots_of(obj: Any) -> Iterator[tuple[str, MemberDescriptorType]]:
@@ -228,10 +232,10 @@ def _is_record(obj: Any) -> bool:
     open file, a lock or a thread: where these stand cannot be put back, and counters put back beside them would be wrong.
     """
     kind = type(obj)
-    if is_foreign(kind) or isinstance(obj, type):
+    if is_foreign(kind.__module__) or isinstance(obj, type):
         return False
     bases = [base for base in kind.__mro__ if base is not object and base.__module__ not in _NEUTRAL]
-    if any(is_foreign(base) or base.__module__.partition(".")[0] in _DATA for base in bases):
+    if any(is_foreign(base.__module__) or base.__module__.partition(".")[0] in _DATA for base in bases):
         return False
     held = [*(vars(obj).values() if hasattr(obj, "__dict__") else ()), *(_read(slot, obj) for _, slot in slots_of(obj))]
     return not any(isinstance(v, Iterator) or type(v).__module__.partition(".")[0] in LIVE_MODULES for v in held)

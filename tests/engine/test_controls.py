@@ -16,7 +16,7 @@ from torchmetrics import Metric
 from lightning_autolr.callbacks.schedule import ScheduleCallback
 from lightning_autolr.engine import batches, quiet, randomness, state
 from lightning_autolr.schedules import Tabulated
-from tests.engine.subjects import Meter, Options, Scripted, Search, Subject, differences, fit
+from tests.engine.subjects import Meter, Options, Scripted, Search, differences, fit
 
 Patch = pytest.MonkeyPatch
 
@@ -67,7 +67,7 @@ def _without_log_capture(patch: Patch) -> None:
 
     def log(self: Any, *args: Any, **kwargs: Any) -> None:
         keep(self, *args, **kwargs)
-        Subject.log(self.module, *args, **kwargs)
+        quiet._LIGHTNING_S_LOG(self.module, *args, **kwargs)
 
     patch.setattr(quiet.LogSink, "__call__", log)
 

@@ -85,6 +85,15 @@ def closure(generator: Any) -> Callable[[list[Any]], Any]:
     return lambda rows: jittered(generator, rows)
 
 
+class JitteringLoader(DataLoader):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.jitter = Jitter(random.Random(0))
+
+    def __iter__(self) -> Any:
+        return ((self.jitter(x), y) for x, y in super().__iter__())
+
+
 class InDataModule(LightningDataModule):
     def __init__(self) -> None:
         super().__init__()
@@ -114,6 +123,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "partial": lambda: DataLoader(Transformed(), batch_size=6, collate_fn=partial(jittered, random.Random(0))),
     "closure": lambda: DataLoader(Transformed(), batch_size=6, collate_fn=closure(random.Random(0))),
     "method": lambda: DataLoader(Transformed(Jitter(random.Random(0)).__call__), batch_size=6),
+    "loader": lambda: JitteringLoader(Transformed(), batch_size=6),
     "data module": InDataModule,
 }
 

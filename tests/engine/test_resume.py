@@ -100,14 +100,26 @@ class Plan(AbstractSearch):
                 yield Train(best / 3, 3, start=start, release=(start,), stage=stage)
 
 
+class Caching(Net):
+    """Makes buffers when it needs them: one at its first batch, one that grows with the third."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        if not hasattr(self, "mask"):
+            self.register_buffer("mask", torch.ones(8), persistent=False)
+        size = 2 if self.trainer.global_step < 3 else 6
+        if not hasattr(self, "cache") or len(self.cache) < size:
+            self.register_buffer("cache", torch.full((size, 8), 0.5), persistent=False)
+        return super().training_step((batch[0] * self.mask + self.cache[:1], batch[1]), batch_idx)
+
+
 def run(
     folder: Path, callback: Callback, kill_at: int | None = None, kill_step: int | None = None, ckpt: str | None = None,
-    max_steps: int = NUM_STEPS, every: int = 1, scheduler: bool = False,
+    max_steps: int = NUM_STEPS, every: int = 1, scheduler: bool = False, kind: type[Net] = Net,
 ) -> tuple[Trainer, Net]:  # fmt: skip
     """Train until the end or the kill."""
     seed_everything(0, verbose=False)
     COUNTER.steps = 0
-    module = Net(kill_at, scheduler)
+    module = kind(kill_at, scheduler)
     saver = ModelCheckpoint(folder / "ckpt", "{step}", save_top_k=-1, every_n_train_steps=every, save_last=True)
     trainer = Trainer(
         max_steps=max_steps, accelerator="cpu", callbacks=[callback, KillAt(kill_step), saver], log_every_n_steps=1,
@@ -206,6 +218,26 @@ def test_multiplied_schedulers_go_on(tmp_path: Path) -> None:
     run(tmp_path / "killed", Search(Plan(), **options), kill_step=9, scheduler=True)
     resumed = resume(tmp_path / "killed", Search(Plan(), **options), scheduler=True)
     assert differences(outcome, result(*resumed)) == []
+
+
+@pytest.mark.parametrize("kill_step", [2, 7, 9])
+def test_buffers_that_come_with_time(kill_step: int, tmp_path: Path) -> None:
+    outcome = result(*run(tmp_path / "whole", Search(Plan()), kind=Caching))
+    run(tmp_path / "killed", Search(Plan()), kill_step=kill_step, kind=Caching)
+    assert differences(outcome, result(*resume(tmp_path / "killed", Search(Plan()), kind=Caching))) == []
+
+
+def test_weights_that_are_missing_in_a_resumed_run_are_named(tmp_path: Path) -> None:
+    class Wider(Net):
+        def on_train_start(self) -> None:
+            self.late = nn.Linear(2, 2)
+
+    run(tmp_path, Search(Plan()), kill_step=7, kind=Wider)
+    saved = torch.load(tmp_path / "ckpt/last.ckpt")
+    saved["state_dict"] = {name: value for name, value in saved["state_dict"].items() if "late" not in name}
+    torch.save(saved, tmp_path / "ckpt/last.ckpt")
+    with pytest.raises(ValueError, match=r"Expected the module to have late\.bias, late\.weight when"):
+        resume(tmp_path, Search(Plan()))
 
 
 def test_checkpoints_hold_real_weights_and_plain_values(tmp_path: Path) -> None:
