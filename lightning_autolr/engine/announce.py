@@ -68,7 +68,7 @@ class Announcer:
             )
         self._has_warned = True
 
-    def warn_ended_early(self, made: int, planned: int) -> None:
+    def warn_ended_early(self, made: int, planned: int | None) -> None:
         """The ratchet goes back to the best weights before the last step that was planned."""
         rank_zero_warn(
             f"{self.name}: the run was ended after {made} of {planned} steps, by early stopping perhaps. It keeps its last "

@@ -65,6 +65,10 @@ class RunLength:
             return True
         return self._count_search and self.total is not None and trained + private_steps >= self.total
 
+    def is_cut_short(self, trained: int, private_steps: int) -> bool:
+        """Whether a run that ends now was planned to go on."""
+        return self.total is not None and trained < self.total and not self.is_over(trained, private_steps)
+
     def steps_left(self, trained: int, steps: int, since: float) -> int | None:
         """How many steps a run of unknown length has left, if that is known: from the user, or from ``max_time``.
 

@@ -223,3 +223,13 @@ def test_rex_is_cut_into_pieces_that_go_on(tmp_path: Path) -> None:
     fit_tiny(tmp_path, [callback], max_steps=40)
     trains = [e.request for e in callback.trace if isinstance(e.request, Train)]
     assert [t.goes_on for t in trains] == [False] + [True] * (len(trains) - 1)
+
+
+class StopAt(Callback):
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        trainer.should_stop = trainer.global_step >= 25
+
+
+def test_an_end_that_was_not_planned_is_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"the run was ended after 25 of 40 steps.*keeps its last"):
+        fit_tiny(tmp_path, [guarded(), StopAt()], max_steps=40)
