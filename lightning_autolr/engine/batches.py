@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,18 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import Tensor
 
 from lightning_autolr.engine import compat
-from lightning_autolr.engine.loaders import parts_of_loader, private_loader
+from lightning_autolr.engine.loaders import CANNOT_COPY, SHARED, parts_of, parts_of_loader, private_loader
 from lightning_autolr.engine.randomness import RandomState, generators_of
-from lightning_autolr.engine.state import slots_of
 
 _MIN_EVALUATIONS = 8
-_SHARED = (nn.Module, Dataset)  # what a batch may refer to, and is no part of it
 
-__all__ = ["Draws", "mix", "own_batch", "unchanged", "validation_batches"]
+__all__ = ["Draws", "in_parts", "mix", "own_batch", "unchanged", "validation_batches"]
 
 
 def mix(*numbers: int) -> int:
@@ -41,15 +38,31 @@ def mix(*numbers: int) -> int:
 def own_batch(batch: Any) -> Any:
     """A copy that a training step may write into without changing what the next candidate sees."""
     memo: dict[int, Any] = {}
-    for part in _parts(batch):
+    tensors: list[Tensor] = []
+    for part in parts_of(batch):
         if isinstance(part, Tensor):  # a deep copy would be of all the memory that a view is a part of
-            memo[id(part)] = part.clone()
-        elif isinstance(part, _SHARED):
+            memo[id(part)] = _own_tensor(part)
+            tensors.append(part)
+        elif isinstance(part, SHARED):
             memo[id(part)] = part
     try:
+        for tensor in tensors:
+            held = vars(memo[id(tensor)])
+            held.update({k: copy.deepcopy(v, memo) for k, v in vars(tensor).items() if k not in held})
         return copy.deepcopy(batch, memo)
-    except (TypeError, ValueError, AttributeError, RuntimeError, copy.Error):  # something in it cannot be copied
-        return apply_to_collection(batch, Tensor, Tensor.clone)
+    except CANNOT_COPY:
+        return apply_to_collection(batch, Tensor, _own_tensor)
+
+
+def _own_tensor(tensor: Tensor) -> Tensor:
+    """A copy that can be differentiated by as the tensor can, cut off from what that was computed from.
+
+    The graph behind it is gone after the first step's backward. What is in it was no leaf, and may be written into.
+    """
+    copied = tensor.detach().clone()
+    if tensor.requires_grad:
+        copied.requires_grad_()
+    return copied if tensor.is_leaf else copied.clone()
 
 
 @contextmanager
@@ -58,7 +71,7 @@ def unchanged(batch: Any) -> Iterator[None]:
 
     A loader that fills the same tensors anew for each batch overwrites the one of the real step when private steps read it.
     """
-    tensors = [t for t in _parts(batch) if isinstance(t, Tensor) and t.layout is torch.strided and not t.is_nested]
+    tensors = [t for t in parts_of(batch) if isinstance(t, Tensor) and _is_plain(t)]
     before = [t.detach().clone() for t in tensors]
     try:
         yield
@@ -67,24 +80,6 @@ def unchanged(batch: Any) -> Iterator[None]:
             for tensor, content in zip(tensors, before, strict=True):
                 if not torch.equal(tensor, content):  # memory may be read-only: written only where need be
                     tensor.copy_(content)
-
-
-def _parts(batch: Any) -> Iterator[Any]:
-    """A batch and all that is in it, each object once: in collections, and in attributes of the user's classes."""
-    waiting, seen = [batch], dict[int, Any]()
-    while waiting:
-        part = waiting.pop()
-        if part is None or isinstance(part, (str, bytes, int, float)) or id(part) in seen:
-            continue
-        seen[id(part)] = part
-        yield part
-        if isinstance(part, Mapping):
-            waiting.extend(part.values())
-        elif isinstance(part, (list, tuple, set)):
-            waiting.extend(part)
-        elif not isinstance(part, (Tensor, type, *_SHARED)) and not compat.is_foreign(type(part).__module__):
-            waiting.extend(getattr(part, "__dict__", {}).values())
-            waiting.extend(getattr(part, name, None) for name, _ in slots_of(part))
 
 
 class Draws:
@@ -231,28 +226,47 @@ class _Batches:
 
 
 def _num_bytes(batch: Any) -> int:
-    parts = list(_parts(batch))
+    parts = list(parts_of(batch))
     tensors = sum(part.numel() * part.element_size() for part in parts if isinstance(part, Tensor))
     return tensors + sum(part.nbytes for part in parts if isinstance(part, np.ndarray))
 
 
-def validation_batches(trainer: Any, count: int | None, loaders: list[Any], seed: int) -> list[tuple[Any, int, int]]:
+def validation_batches(trainer: Any, count: int | None, combined: Any, seed: int) -> list[tuple[Any, int, int]]:
     """The first ``count`` batches of each validation loader, as (batch, index, number of the loader).
 
-    No more of them than the Trainer's own validation uses.
+    No more of them than the Trainer's own validation uses. Loaders that are combined are one loader.
     """
+    if combined is None:
+        return []
     limits = trainer.num_val_batches if isinstance(trainer.num_val_batches, list) else [trainer.num_val_batches]
-    counts = [min(limit, math.inf if count is None else count) for limit in limits]
-    randomness = _OwnRandomness(mix(seed), trainer.strategy.root_device, loaders)
+    randomness = _OwnRandomness(mix(seed), trainer.strategy.root_device, combined.flattened)
 
     def load() -> list[tuple[Any, int, int]]:
+        clones = [private_loader(loader, mix(seed), 0, 0, {}) for loader in combined.flattened]
         return [
             (own_batch(batch), i, number)
-            for number, loader in enumerate(loaders)
-            for i, batch in enumerate(_first(private_loader(loader, mix(seed), 0, 0, {}), counts[number]))
+            for number, (loader, limit) in enumerate(_streams(combined, clones, limits))
+            for i, batch in enumerate(_first(loader, min(limit, math.inf if count is None else count)))
         ]
 
-    batches: list[tuple[Any, int, int]] = randomness.run(load)
+    with torch.no_grad():  # as the Trainer validates
+        batches: list[tuple[Any, int, int]] = randomness.run(load)
+    return batches
+
+
+def _streams(combined: Any, loaders: list[Any], limits: list[float]) -> list[tuple[Iterable[Any], float]]:
+    """What gives batches, and how many the Trainer takes of them."""
+    if compat.is_sequential(combined) or not loaders:
+        return list(zip(loaders, limits, strict=True))
+    limit = min(limits) if compat.stops_at_shortest(combined) else max(limits)
+    return [((batch for batch, _, _ in compat.clone_combined(combined, loaders)), limit)]
+
+
+def in_parts(batches: list[tuple[Any, int, int]]) -> list[tuple[Any, int, int]]:
+    """The batches; where they are fewer than eight, parts of them.
+
+    The difference between two candidates has a standard error only when there are several losses to compare.
+    """
     parts = -(-_MIN_EVALUATIONS // max(1, len(batches)))
     return [(part, i, number) for batch, i, number in batches for part in split(batch, parts)]
 
@@ -260,11 +274,11 @@ def validation_batches(trainer: Any, count: int | None, loaders: list[Any], seed
 def split(batch: Any, parts: int) -> list[Any]:
     """The batch in equal parts along its first dimension; whole unless it is made of tensors that agree about it.
 
-    The difference between two candidates has a standard error only when there are several losses to compare. A square matrix
-    is taken for one of pairs, such as the edges of a graph, of which rows alone make no batch.
+    A square matrix is taken for one of pairs, such as the edges of a graph, of which rows alone make no batch. Nor does a slice
+    make a part of a tensor that is sparse or nested, or that says something about itself in attributes.
     """
     leaves = list(_leaves(batch))
-    if any(isinstance(leaf, Tensor) and leaf.ndim == 2 and leaf.shape[0] == leaf.shape[1] for leaf in leaves):
+    if any(isinstance(leaf, Tensor) and (_is_odd(leaf) or _is_square(leaf)) for leaf in leaves):
         return [batch]
     sizes = {leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else 0 for leaf in leaves}
     size = sizes.pop() if len(sizes) == 1 else 0
@@ -273,11 +287,30 @@ def split(batch: Any, parts: int) -> list[Any]:
         return [batch]
     parts = next((n for n in range(parts, 2 * parts) if size % n == 0 and size // n > 1), parts)
     edges = [round(i * size / parts) for i in range(parts + 1)]
-    return [apply_to_collection(batch, Tensor, lambda t, a=a, b=b: t[a:b]) for a, b in itertools.pairwise(edges)]
+    return [
+        apply_to_collection(batch, Tensor, lambda t, a=a, b=b: _slice(t, a, b)) for a, b in itertools.pairwise(edges)
+    ]
 
 
 def _first(batches: Iterable[Any], count: float) -> Iterator[Any]:
     return itertools.islice(batches, None if count == math.inf else int(count))
+
+
+def _slice(tensor: Tensor, start: int, stop: int) -> Tensor:
+    return tensor.detach()[start:stop].requires_grad_(tensor.requires_grad)
+
+
+def _is_odd(tensor: Tensor) -> bool:
+    return not _is_plain(tensor) or type(tensor) is not Tensor or bool(vars(tensor))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is neither sparse nor nested."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def _is_square(tensor: Tensor) -> bool:
+    return tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]
 
 
 def _leaves(batch: Any) -> Iterator[Any]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, _foreach_add_, _foreach_copy_, _foreach_neg_, _foreach_norm, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "MODULE_ATTRIBUTES",
     "OWNERS",
     "BatchNorm",
+    "ValLoaders",
     "clone_combined",
     "clone_loader",
     "combined_loader",
@@ -29,19 +32,22 @@ __all__ = [
     "foreach_neg_",
     "foreach_norm",
     "has_comm_hook",
+    "hooked_optimizer",
     "inner_schedulers",
     "is_foreign",
+    "is_sequential",
     "is_view",
     "local_tensor",
     "logger_step",
+    "num_val_loaders",
     "on_before_batch_transfer",
     "parts_of_loader",
     "remove_log_methods",
     "reshard",
     "set_in_loader",
+    "stops_at_shortest",
     "takes_batch_idx",
     "takes_dataloader_iter",
-    "val_loaders",
     "validates_after",
     "wrapped_sampler",
 ]
@@ -63,6 +69,7 @@ _FOREIGN = sys.stdlib_module_names | {
 }  # fmt: skip
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"_modules"}  # of torch's own: tensors and hooks
 OWNERS = frozenset({"_trainer", "_fabric"})  # attributes by which a module knows who runs it
+_UNSET = object()  # an attribute that is not there
 
 
 def is_foreign(module: str) -> bool:
@@ -120,12 +127,65 @@ def takes_batch_idx(step: Any) -> bool:
     return bool(is_param_in_hook_signature(step, "batch_idx", min_args=2))
 
 
-def val_loaders(trainer: Any) -> list[Any]:
-    """The validation loaders of a fit, set up now when Lightning would do so later (``check_val_every_n_epoch > 1``)."""
-    if trainer.val_dataloaders is None:
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
-    combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
-    return list(combined.flattened) if combined is not None else []
+def is_sequential(combined: Any) -> bool:
+    """Whether loaders come one after the other; in all other modes a batch is made of one of each."""
+    return bool(combined._mode == "sequential")
+
+
+def stops_at_shortest(combined: Any) -> bool:
+    """Whether combined loaders end with the first of them, and not with the last."""
+    return bool(combined._mode == "min_size")
+
+
+def num_val_loaders(trainer: Any) -> int:
+    """How many validation loaders there are to the module, which is told the number of the one if there are several."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    return int(loop.num_dataloaders) if is_sequential(loop._combined_loader) else 1
+
+
+class ValLoaders:
+    """The validation loaders of a fit, set up for us alone where Lightning does so later (``check_val_every_n_epoch > 1``).
+
+    What ``val_dataloader()`` leaves behind is taken off again: Lightning calls it as if this had not been.
+
+    Attributes:
+        combined: the CombinedLoader; None where nothing is validated.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        self._own: list[tuple[object, dict[str, Any]]] = []
+        self.combined = loop._combined_loader
+        if self.combined is None:
+            holders = [obj for obj in (loop, trainer.lightning_module, trainer.datamodule) if obj is not None]
+            before = [dict(vars(obj)) for obj in holders]
+            loop.setup_data()
+            self.combined = loop._combined_loader
+            for obj, old in zip(holders, before, strict=True):
+                own = {name: value for name, value in vars(obj).items() if old.get(name, _UNSET) is not value}
+                _exchange(obj, {name: old.get(name, _UNSET) for name in own})
+                self._own.append((obj, own))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """In this block the Trainer has them, too: ``trainer.val_dataloaders``, ``trainer.num_val_batches``."""
+        before = [(obj, _exchange(obj, own)) for obj, own in self._own]
+        try:
+            yield
+        finally:
+            for obj, values in before:
+                _exchange(obj, values)
+
+
+def _exchange(obj: object, values: dict[str, Any]) -> dict[str, Any]:
+    """Set attributes, or take them off where they are ``_UNSET``. Returns what they were."""
+    before = {name: vars(obj).get(name, _UNSET) for name in values}
+    for name, value in values.items():
+        if value is _UNSET:
+            vars(obj).pop(name, None)
+        else:
+            vars(obj)[name] = value
+    return before
 
 
 def on_before_batch_transfer(module: Any, batch: Any, dataloader_idx: int = 0) -> Any:
@@ -155,6 +215,30 @@ def has_comm_hook(strategy: Any) -> bool:
     return any(
         getattr(strategy, name, None) is not None for name in ("_ddp_comm_hook", "_ddp_comm_state", "_model_averager")
     )
+
+
+def hooked_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer whose step hooks are called: for a wrapper that left out ``super().__init__()``, the one inside.
+
+    Raises:
+        ValueError: there is none.
+    """
+    inside = [
+        o for o in vars(optimizer).values() if isinstance(o, Optimizer) and o.param_groups is optimizer.param_groups
+    ]
+    for candidate in (optimizer, *inside):
+        if _has_hooks(candidate) and getattr(type(candidate).step, "hooked", False):
+            return candidate
+    if _has_hooks(optimizer):
+        return optimizer
+    raise ValueError(
+        f"Expected an optimizer with step hooks, got {type(optimizer).__name__}, which was made without "
+        "`torch.optim.Optimizer.__init__`. Call `super().__init__(...)` in its `__init__`."
+    )
+
+
+def _has_hooks(optimizer: Optimizer) -> bool:
+    return hasattr(optimizer, "_optimizer_step_pre_hooks")
 
 
 def wrapped_sampler(holder: Any) -> Any:

@@ -13,11 +13,13 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_autolr.engine.batches import own_batch
-from lightning_autolr.engine.compat import takes_batch_idx
+from lightning_autolr.engine.compat import num_val_loaders, takes_batch_idx
 from lightning_autolr.engine.quiet import LogSink
 from lightning_autolr.engine.steps import loss_of, returned_loss, to_device, training_step
 
-__all__ = ["evaluate", "evaluate_training_batches", "validating"]
+__all__ = ["evaluate", "evaluate_first", "evaluate_training_batches", "validating"]
+
+_FAILURES = (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueError)  # of code that meets an odd batch
 
 
 @contextmanager
@@ -47,7 +49,7 @@ def evaluate(trainer: Any, batches: Sequence[tuple[Any, int, int]], sink: LogSin
             "Expected validation batches, got none: the validation dataloader is empty, or `limit_val_batches` leaves none of "
             "it. Give some, or choose `objective='train'` with `ratchet=False`."
         )
-    several = len({number for _, _, number in batches}) > 1
+    several = num_val_loaders(trainer) > 1
     takes_idx = takes_batch_idx(module.validation_step)
     found = _Monitored(monitor, trainer.strategy.root_device)
     sink.take()
@@ -68,6 +70,26 @@ def evaluate(trainer: Any, batches: Sequence[tuple[Any, int, int]], sink: LogSin
     module.on_validation_end()
     sink.take()
     return found.values(logged_at_end)
+
+
+def evaluate_first(
+    trainer: Any, choices: list[list[tuple[Any, int, int]]], sink: LogSink, monitor: str
+) -> list[Tensor]:
+    """``evaluate`` on the first choice of batches, or on the second if the module fails on the first, which is then taken off.
+
+    Parts of batches are no batches to a module that knows how large these are.
+    """
+    try:
+        return evaluate(trainer, choices[0], sink, monitor)
+    except _FAILURES as error:
+        if len(choices) == 1:
+            raise
+        try:
+            values = evaluate(trainer, choices[1], sink, monitor)
+        except _FAILURES:  # not for the parts' sake
+            raise error from None
+    del choices[0]
+    return values
 
 
 class _Monitored:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import Any, Literal
 
@@ -61,9 +62,10 @@ class LearningRate:
         self.momentum: float | None = None
         self._own = _OwnRates(self._optimizers, schedulers, state) if multiply else None
         self._in_step = False
-        self._handles = [o.register_step_pre_hook(self._before_step) for o in self._optimizers]
+        hooked = [(compat.hooked_optimizer(o), o) for o in self._optimizers]
+        self._handles = [inner.register_step_pre_hook(partial(self._before_step, o)) for inner, o in hooked]
         if multiply:
-            self._handles += [o.register_step_post_hook(self._after_step) for o in self._optimizers]
+            self._handles += [inner.register_step_post_hook(partial(self._after_step, o)) for inner, o in hooked]
 
     @property
     def memory(self) -> dict[str, Any]:
@@ -104,12 +106,12 @@ class LearningRate:
         for handle in self._handles:
             handle.remove()
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, hooked: Optimizer, args: Any, kwargs: Any) -> None:
         self._in_step = True
         self._meet_new_groups()
         self._write(optimizer)
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, hooked: Optimizer, args: Any, kwargs: Any) -> None:
         self._in_step = False
         assert self._own is not None
         self._own.put_back(next(i for i, o in enumerate(self._optimizers) if o is optimizer))

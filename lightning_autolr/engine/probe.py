@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lightning_autolr.core.requests import Evaluation, LineProbe, LineResult, Probe, ProbeResult, Status, diverged
 from lightning_autolr.engine.batch_norm import updated_statistics
-from lightning_autolr.engine.batches import Draws, mix, validation_batches
-from lightning_autolr.engine.compat import val_loaders
-from lightning_autolr.engine.evaluate import evaluate, evaluate_training_batches, validating
+from lightning_autolr.engine.batches import Draws, in_parts, mix, validation_batches
+from lightning_autolr.engine.compat import ValLoaders
+from lightning_autolr.engine.evaluate import evaluate_first, evaluate_training_batches, validating
 from lightning_autolr.engine.files import Place, make_store
 from lightning_autolr.engine.line import answer_line_probe
 from lightning_autolr.engine.lr import LearningRate
@@ -101,7 +101,7 @@ class Prober:
         self._at: str | None = None  # the state we are in: "here", a kept id, or None when it was trained on
         self._sink: LogSink | None = None
         self._signals: list[int] = []
-        self._validation: list[tuple[Any, int, int]] | None = None
+        self._validation: list[list[tuple[Any, int, int]]] = []
         self.is_linear: bool | None = None  # whether updates are proportional to the learning rate; checked once
         self.draws = Draws(
             trainer, options.seed, options.holdout_batches, options.probe_dataloader, options.cache_bytes
@@ -351,17 +351,32 @@ class Prober:
         """One pass over the evaluation batches."""
         assert self._sink is not None
         if request.evaluate == "validation":
-            batches = self._validation_batches()
-            self.cost.eval_batches += len(batches)
-            with validating(self.trainer):
-                return evaluate(self.trainer, batches, self._sink, self._options.monitor)
+            with self._val_loaders.in_place(), validating(self.trainer):
+                choices = self._validation_batches()
+                values = evaluate_first(self.trainer, choices, self._sink, self._options.monitor)
+            self.cost.eval_batches += len(choices[0])
+            return values
         return self.training_losses(self.draws.held_out(request.draw))
 
-    def _validation_batches(self) -> list[tuple[Any, int, int]]:
-        if self._validation is None:
-            batches = validation_batches(
-                self.trainer, self._options.eval_batches, val_loaders(self.trainer), self._options.seed
+    def _validation_batches(self) -> list[list[tuple[Any, int, int]]]:
+        """In parts, where they are few; and whole, for a module that fails on parts."""
+        if not self._validation:
+            whole = validation_batches(
+                self.trainer, self._options.eval_batches, self._val_loaders.combined, self._options.seed
             )
+            parts = in_parts(whole)
             # Forward passes are collective on several ranks: all make the same number of them.
-            self._validation = batches[: min(gather(len(batches)))]
+            counts = gather((len(parts), len(whole)))
+            self._validation = [parts[: min(c[0] for c in counts)], whole[: min(c[1] for c in counts)]]
+            if all(n == m for n, m in counts):
+                del self._validation[0]
         return self._validation
+
+    @cached_property
+    def _val_loaders(self) -> ValLoaders:
+        """Set up with random numbers of their own: a random split is the same on all ranks, and after a resume."""
+        random_state = self._random_state()
+        RandomState.seed(self._options.seed, self._strategy.root_device, self._held)
+        loaders = ValLoaders(self.trainer)
+        random_state.restore()
+        return loaders

@@ -41,7 +41,7 @@ def test_loops(trainer: Any) -> None:
     assert isinstance(trainer.fit_loop._combined_loader, CombinedLoader)
     assert callable(epoch_loop.val_loop.setup_data)
     assert isinstance(epoch_loop.val_loop._combined_loader, CombinedLoader)
-    assert len(compat.val_loaders(trainer)) == 1
+    assert len(compat.ValLoaders(trainer).combined.flattened) == compat.num_val_loaders(trainer) == 1
 
 
 @pytest.mark.parametrize(

@@ -241,3 +241,52 @@ def _column(folder: Path, name: str) -> list[tuple[str, int]]:
     head, *lines = path.read_text().splitlines()
     index = head.split(",").index(name)
     return [(line, index) for line in lines if line.split(",")[index]]
+
+
+class Wrapping(torch.optim.Optimizer):
+    """As Lookahead in many repositories: it leaves out ``super().__init__()``, and with it the step hooks."""
+
+    def __init__(self, inside: torch.optim.Optimizer, param_groups: Any = None) -> None:
+        self.inside, self.defaults, self.state = inside, inside.defaults, inside.state
+        self.param_groups = inside.param_groups if param_groups is None else param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inside.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inside.zero_grad(set_to_none)
+
+    def state_dict(self) -> Any:
+        return self.inside.state_dict()
+
+
+@pytest.mark.parametrize("multiply", [False, True])
+def test_optimizer_that_wraps_another(multiply: bool) -> None:
+    weight = _weights(1)
+    optimizer = Wrapping(torch.optim.SGD(weight, lr=0.1))
+    lr = LearningRate([optimizer], multiply)
+    lr.set(0.5)
+    optimizer.param_groups[0]["lr"] = 0.1 if multiply else 77.0
+    weight[0].grad = torch.ones(2)
+    optimizer.step()
+    assert weight[0].tolist() == [0.5, 0.5]
+    assert optimizer.param_groups[0]["lr"] == (0.1 if multiply else 0.5)
+    lr.close()
+
+
+def test_optimizer_without_step_hooks() -> None:
+    optimizer = Wrapping(torch.optim.SGD(_weights(1), lr=0.1), [{"params": _weights(1), "lr": 0.1}])
+    with pytest.raises(ValueError, match=r"got Wrapping.* Call `super\(\)"):
+        LearningRate([optimizer])
+
+
+def test_fit_with_an_optimizer_that_wraps_another(tmp_path: Path) -> None:
+    class Wrapped(Tiny):
+        def configure_optimizers(self) -> Any:
+            return Wrapping(super().configure_optimizers())
+
+    ends = []
+    for kind in (Tiny, Wrapped):
+        _, module = fit_tiny(tmp_path / kind.__name__, [Search(Stages())], kind())
+        ends.append(module.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(ends[0].values(), ends[1].values(), strict=True))
