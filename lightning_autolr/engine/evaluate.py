@@ -65,11 +65,33 @@ def evaluate(trainer: Any, batches: Sequence[tuple[Any, int, int]], sink: LogSin
         module.on_validation_batch_end(output, batch, idx, number)
         found.add(sink.take(), output, number)
     sink.dataloader_idx = None
-    module.on_validation_epoch_end()
-    logged_at_end = sink.take()
-    module.on_validation_end()
-    sink.take()
+    with _shown(trainer, found.means()):
+        module.on_validation_epoch_end()
+        logged_at_end = sink.take()
+        trainer.callback_metrics.update(_numbers(logged_at_end, trainer.strategy.root_device))
+        module.on_validation_end()
+        sink.take()
     return found.values(logged_at_end)
+
+
+@contextmanager
+def _shown(trainer: Any, logged: dict[str, Tensor]) -> Iterator[None]:
+    """In this block ``trainer.callback_metrics`` has what a validation logged."""
+    metrics = trainer.callback_metrics
+    before = dict(metrics)
+    metrics.update(logged)
+    try:
+        yield
+    finally:
+        metrics.clear()
+        metrics.update(before)
+
+
+def _numbers(logged: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """Single numbers; not metric objects, which may be slow to compute."""
+    values = {name: value for name, value in logged.items() if isinstance(value, (Real, Tensor))}
+    as_tensors = {name: torch.as_tensor(v, dtype=torch.float32, device=device) for name, v in values.items()}
+    return {name: tensor.squeeze() for name, tensor in as_tensors.items() if tensor.numel() == 1}
 
 
 def evaluate_first(
@@ -101,10 +123,13 @@ class _Monitored:
         self._accumulated: Metric | None = None
         self._metrics: list[Metric] = []
         self._logged: dict[str, Any] = {}  # by the last batch
+        self._numbers: dict[str, list[Tensor]] = {}  # by each batch
 
     def add(self, logged: dict[str, Any], output: Any, number: int) -> None:
         """What a batch of loader ``number`` logged, and what ``validation_step`` returned."""
         self._logged = logged
+        for name, figure in _numbers(logged, self._device).items():
+            self._numbers.setdefault(name, []).append(figure)
         self._metrics += [value for value in logged.values() if isinstance(value, Metric)]
         value = logged.get(self._name)
         if isinstance(value, Metric):
@@ -115,6 +140,10 @@ class _Monitored:
             loss = returned_loss(output)
             if isinstance(loss, Real) or (isinstance(loss, Tensor) and loss.numel() == 1):  # and not logits, say
                 self._values.append(self._scalar(loss))
+
+    def means(self) -> dict[str, Tensor]:
+        """What was logged, over all batches."""
+        return {name: torch.stack(values).mean() for name, values in self._numbers.items()}
 
     def values(self, logged_at_end: dict[str, Any]) -> list[Tensor]:
         """One for each batch; or the one that was logged or accumulated for all of them."""

@@ -128,3 +128,29 @@ def test_a_batch_of_pairs_is_not_cut() -> None:
     nodes, edges = torch.zeros(12, 3), torch.zeros(12, 12)
     assert split((nodes, edges), 4) == [(nodes, edges)]
     assert len(split((nodes, edges[:, :5]), 4)) == 4
+
+
+def test_module_that_reads_its_score_at_the_end_of_a_validation(tmp_path: Path) -> None:
+    """It sees what this validation logged, and nobody sees it afterwards."""
+
+    class Best(Tiny):
+        best = float("inf")
+
+        def on_validation_epoch_end(self) -> None:
+            score = float(self.trainer.callback_metrics["val_loss"])
+            self.best = min(self.best, score)
+            self.log("score", score)
+
+        def on_validation_end(self) -> None:
+            assert self.trainer.callback_metrics["score"] == self.trainer.callback_metrics["val_loss"]
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            assert "val_loss" not in self.trainer.callback_metrics
+
+    scores = {}
+    for monitor in ("val_loss", "score"):
+        torch.manual_seed(0)
+        search = Search(Stages(num_stages=1), monitor=monitor)
+        fit_tiny(tmp_path, [search], Best(), num_sanity_val_steps=0, max_steps=3)
+        scores[monitor] = [answer.evaluations[0].mean for _, answer in probes(search)]
+    assert scores["score"] == pytest.approx(scores["val_loss"])
