@@ -7,12 +7,13 @@ save it, taken with the kept state put in place for a moment.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_autolr.core.requests import Answer, Probe, ProbeResult, Request
 from lightning_autolr.engine.probe import Prober
 from lightning_autolr.report.trace import Record
 
@@ -24,33 +25,41 @@ class KeptStates:
 
     Args:
         trainer: the Trainer.
-        prober: holds the states, also those that a search keeps of its probes, which have no place in the record.
+        prober: holds the states, also the ends of private steps, which have no place in the record.
         record: of what was trained.
     """
 
     def __init__(self, trainer: Any, prober: Prober, record: Record) -> None:
         self._trainer, self._prober, self._record = trainer, prober, record
-        self._kept_at: dict[str, int] = {}
+        self._kept_at: dict[str, tuple[int, bool]] = {}  # the segment to come, and whether it has gone back itself by then
         self._best_at: dict[str, dict[str, float]] = {}
 
     def keep(self, state: str) -> None:
         """Keep the present state under this name."""
         self._prober.keep(state)
-        self._kept_at[state] = len(self._record.segments)
-        self._best_at[state] = _best_checkpoints(self._trainer)
+        self._put_down(state, has_gone_back=True)
 
-    def release(self, states: Iterable[str]) -> None:
+    def learn(self, request: Request, answer: Answer) -> None:
+        """What a probe kept and released. What it kept without a step is a state of the real run, too."""
+        if not isinstance(request, Probe) or not isinstance(answer, ProbeResult):
+            return
+        self._forget(request.release)
+        is_real = request.num_steps == 0 and request.start is None and not request.permuted
+        if answer.end is not None and is_real:
+            self._put_down(answer.end, has_gone_back=False)
+
+    def release(self, states: Collection[str]) -> None:
         """Drop states."""
         for state in states:
             self._prober.release(state)
-            self._kept_at.pop(state, None)
-            self._best_at.pop(state, None)
+        self._forget(states)
 
-    def go_back(self, state: str, who: str) -> int | None:
+    def go_back(self, state: str, who: str) -> tuple[int, bool] | None:
         """Go on from a state, undoing what was trained since; ``who`` tells the user of lost checkpoints.
 
         Returns:
-            Its place in the record; None if it is the end of a probe, whose steps are in no segment.
+            Its place in the record, as ``back_to`` and ``as_left`` of :class:`~lightning_autolr.schedules.Segment`; None if it
+            is the end of a probe, whose steps are in no segment.
         """
         best = _best_checkpoints(self._trainer)
         if new := sorted(path for path, _ in best.items() - self._best_at.get(state, best).items()):
@@ -59,10 +68,22 @@ class KeptStates:
                 "holds weights that training does not go on from."
             )
         self._prober.resume_from(state)
-        place = self._kept_at.get(state)
-        if place is not None:
-            self._prober.cost.steps_undone += self._record.undo_since(place)
-        return place
+        if state not in self._kept_at:
+            return None
+        index, has_gone_back = self._kept_at[state]
+        later = self._record.segments[index:]
+        as_left = bool(later) and later[0].back_to is not None and not has_gone_back
+        self._prober.cost.steps_undone += self._record.go_back(index, as_left)
+        return index, as_left
+
+    def _put_down(self, state: str, has_gone_back: bool) -> None:
+        self._kept_at[state] = len(self._record.segments), has_gone_back
+        self._best_at[state] = _best_checkpoints(self._trainer)
+
+    def _forget(self, states: Iterable[str]) -> None:
+        for state in states:
+            self._kept_at.pop(state, None)
+            self._best_at.pop(state, None)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors; collective."""

@@ -226,12 +226,15 @@ class LiveSearch:
         if isinstance(request, (Probe, LineProbe)):
             begun = time.perf_counter()
             while isinstance(request, (Probe, LineProbe)):
+                num_known = len(self.record.trace)
                 with unchanged(batch), self._prober.session() as fingerprint:
                     while isinstance(request, (Probe, LineProbe)):
                         self._conversation.tell(*self._answer(request, fingerprint))
                         request = self._conversation.next()
                         if self._prober.is_interrupted:
                             break  # a signal is delivered between two probes, with the real state in place
+                for entry in self.record.trace[num_known:]:
+                    self._kept.learn(entry.request, entry.answer)
             self.cost.seconds += time.perf_counter() - begun
             self.announcer.end_search(request)
         if request is None:
@@ -252,15 +255,18 @@ class LiveSearch:
 
     def _begin(self, train: Train) -> ActiveSegment:
         """The segment that a request for real training becomes."""
-        back_to = None if train.start is None else self._kept.go_back(train.start, self.announcer.name)
+        place = None if train.start is None else self._kept.go_back(train.start, self.announcer.name)
         self._kept.release(train.release)
         start = f"state-{len(self.record.trace)}" if train.keep_start else None
         if start is not None:
             self._kept.keep(start)
         if not train.goes_on:
             self.lr.start_segment()
-        leaps = train.start is not None and back_to is None  # to the end of a probe, whose steps are in no segment
-        return ActiveSegment(train, start, self.trainer.global_step, back_to, leaps)
+        leaps = train.start is not None and place is None  # to the end of a probe, whose steps are in no segment
+        back_to, as_left = place or (None, False)
+        if back_to == len(self.record.segments):
+            back_to = None  # nothing was trained since
+        return ActiveSegment(train, start, self.trainer.global_step, back_to, leaps, as_left)
 
     def _finish(self, status: Status) -> None:
         """Write the training under way down, and tell the search what came of it."""

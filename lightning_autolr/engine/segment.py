@@ -31,6 +31,7 @@ class ActiveSegment:
         global_step: the Trainer's at the first step.
         back_to: see :class:`~lightning_autolr.schedules.Segment`.
         leaps: likewise.
+        as_left: likewise.
         steps_done: steps made.
         losses: of the steps that were read.
         grad_norms: likewise, where asked for.
@@ -43,6 +44,7 @@ class ActiveSegment:
     global_step: int = 0
     back_to: int | None = None
     leaps: bool = False
+    as_left: bool = False
     steps_done: int = 0
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
@@ -120,6 +122,7 @@ class ActiveSegment:
             back_to=self.back_to,
             leaps=self.leaps,
             goes_on=train.goes_on,
+            as_left=self.as_left,
         )
 
     def state_dict(self) -> dict[str, Any]:

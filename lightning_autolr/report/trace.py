@@ -76,12 +76,35 @@ class Record:
         self.segments.append(segment)
         self.write_schedule()
 
-    def undo_since(self, index: int) -> int:
-        """Mark the segments from ``index`` on as undone; returns the steps that were not undone before."""
-        lost = [s.num_steps for s in self.segments[index:] if not s.undone]
-        self.segments[index:] = [replace(s, undone=True) for s in self.segments[index:]]
+    def go_back(self, index: int, as_left: bool = False) -> int:
+        """Mark all segments as undone but those on the way to a state.
+
+        Args:
+            index: the state is the one before this segment; see :class:`~lightning_autolr.schedules.Segment`.
+            as_left: likewise.
+
+        Returns:
+            How many more steps are undone than before; fewer than none where the state lies on a way that was taken back.
+        """
+        before, way = self._num_undone, self._way_to(index, as_left)
+        self.segments[:] = [replace(s, undone=i not in way) for i, s in enumerate(self.segments)]
         self.write_schedule()
-        return sum(lost)
+        return self._num_undone - before
+
+    @property
+    def _num_undone(self) -> int:
+        return sum(s.num_steps for s in self.segments if s.undone)
+
+    def _way_to(self, index: int, as_left: bool) -> set[int]:
+        way = set[int]()
+        while index > 0:
+            segment = self.segments[index] if index < len(self.segments) else None
+            if segment is not None and segment.back_to is not None and not as_left:
+                index, as_left = segment.back_to, segment.as_left
+            else:
+                index, as_left = index - 1, False
+                way.add(index)
+        return way
 
     def write_schedule(self, *unfinished: Segment) -> None:
         segments = (*self.segments, *unfinished)

@@ -26,6 +26,7 @@ class Segment:
         shape: any schedule of factors; one with an open number of steps is stretched over the segment.
         undone: the steps were trained and then taken back. They count as steps all the same.
         back_to: before this segment, the state from before the segment with this index was restored; None: none was.
+        as_left: that segment had begun by going back itself, and the restored state is the one that it went away from.
         momentum: momentum (SGD) or first beta (Adam family) at each step, or None to leave it alone.
         leaps: before this segment the run took up the end of a private probe (as beam search with several states does), which
             is not in the table: a replay has the same learning rates from here on, and other weights.
@@ -41,6 +42,7 @@ class Segment:
     momentum: Schedule | None = None
     leaps: bool = False
     goes_on: bool = False
+    as_left: bool = False
 
     def __post_init__(self) -> None:
         replace_field(self, "num_steps", as_count("num_steps", self.num_steps))
@@ -133,7 +135,7 @@ class Tabulated(Schedule):
         Raises:
             ValueError: all were undone.
         """
-        kept = tuple(dataclasses.replace(s, back_to=None) for s in self.segments if not s.undone)
+        kept = tuple(dataclasses.replace(s, back_to=None, as_left=False) for s in self.segments if not s.undone)
         return dataclasses.replace(self, segments=kept)
 
     def momentum_schedule(self) -> Schedule | None:

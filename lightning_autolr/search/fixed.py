@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_autolr.core.requests import Requests, Run, Train
+from lightning_autolr.core.requests import Probe, Requests, Run, Train
 from lightning_autolr.schedules import Schedule, Tabulated
 from lightning_autolr.search.base import AbstractSearch
 
@@ -45,21 +45,24 @@ class Fixed(AbstractSearch):
         yield Train(lr=lr, num_steps=None, shape=schedule, momentum=schedule.momentum_schedule(), label=label)
 
     def _segments(self, table: Tabulated) -> Requests:
-        returned_to = {segment.back_to for segment in table.segments} - {None}
-        states: dict[int, str] = {}
+        returned_to = {(s.back_to, s.as_left) for s in table.segments}
+        states: dict[tuple[int, bool], str] = {}
         for index, segment in enumerate(table.segments):
-            later = {s.back_to for s in table.segments[index + 1 :]}
+            if (index, True) in returned_to:
+                left = yield Probe(1.0, 0, evaluate="none", keep_end=True, stage=index, label="replay", kind="look")
+                states[index, True] = left.end
+            later = {(s.back_to, s.as_left) for s in table.segments[index + 1 :]}
             answer = yield Train(
                 lr=segment.lr,
                 num_steps=segment.num_steps,
                 shape=segment.shape,
                 momentum=segment.momentum,
-                start=None if segment.back_to is None else states[segment.back_to],
-                keep_start=index in returned_to,
+                start=None if segment.back_to is None else states[segment.back_to, segment.as_left],
+                keep_start=(index, False) in returned_to,
                 goes_on=segment.goes_on,
                 release=tuple(states.pop(i) for i in list(states) if i not in later),
                 stage=index,
                 label="replay",
             )
-            if index in returned_to:
-                states[index] = answer.start
+            if (index, False) in returned_to:
+                states[index, False] = answer.start
