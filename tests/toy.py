@@ -160,7 +160,8 @@ class _Toy:
         start = self.keep(self.state) if request.keep_start else None
         num_steps = min(request.num_steps or math.inf, self.steps_left())
         assert math.isfinite(num_steps), "Train(num_steps=None) needs a run that ends."
-        guarded = request.keep_start or request.stop_above is not None  # nobody looks at the others
+        # nobody looks at the others
+        guarded = request.diverges is None and (request.keep_start or request.stop_above is not None)
         losses: list[float] = []
         status = Status.OK
         for step in range(int(num_steps)):
@@ -172,6 +173,8 @@ class _Toy:
             if guarded and diverged(loss, request.stop_above):
                 status = Status.DIVERGED
                 break
+        if request.diverges and len(losses) == request.num_steps:
+            status = Status.DIVERGED
         self.losses += losses
         return TrainResult(losses=tuple(losses), status=status, start=start)
 

@@ -194,6 +194,8 @@ class Train:
         start: id of a kept state to go back to first; None goes on from here.
         keep_start: keep the state before the first step and answer with its id, so that the segment can be undone.
         stop_above: a training loss above this ends the segment as diverged.
+        diverges: whether its last step ends it as diverged, where that is known beforehand, as in a replay; None: its losses
+            tell, where a state is kept or a limit given.
         grad_norm: record the gradient norm of each step, "l2" or "l1".
         stage: number of the stage.
         goes_on: whether it goes on with the training before it, cut into pieces: what the module's own schedulers do is
@@ -211,6 +213,7 @@ class Train:
     start: str | None = None
     keep_start: bool = False
     stop_above: float | None = None
+    diverges: bool | None = None
     grad_norm: Literal["l1", "l2"] | None = None
     goes_on: bool = False
     stage: int = 0

@@ -203,7 +203,7 @@ class LiveSearch:
         if ends := self.length.is_over(self.trained, self.cost.steps):
             trainer.should_stop = True
         if active.is_due or (active.is_guarded and compat.validates_after(trainer, batch_idx)):
-            status = active.read(trainer.strategy, judge=active.is_guarded)
+            status = active.read(trainer.strategy, judge=True)
             if status is Status.DIVERGED and (bad := first_not_finite(active.losses)) is not None:
                 self.announcer.warn_not_finite(f"in step {self.trained - active.steps_done + bad + 1}")
             if active.is_finished or status is Status.DIVERGED:
@@ -273,7 +273,7 @@ class LiveSearch:
         active, trained = self._active, self.trained
         assert active is not None
         self._active = None
-        self.record.add_segment(active.to_segment())
+        self.record.add_segment(active.to_segment(status))
         left = self.length.steps_left(trained, active.steps_done, active.begun)
         answer = TrainResult(tuple(active.losses), status, active.start, tuple(active.grad_norms), left)
         self._conversation.tell(active.train, answer, active.global_step, time.perf_counter() - active.begun)

@@ -72,8 +72,9 @@ class ActiveSegment:
 
     @property
     def is_guarded(self) -> bool:
-        """Whether somebody wants to know when it diverges."""
-        return self.train.keep_start or self.train.stop_above is not None
+        """Whether somebody wants to know when it diverges, and its losses have to tell."""
+        train = self.train
+        return train.diverges is None and (train.keep_start or train.stop_above is not None)
 
     @property
     def is_due(self) -> bool:
@@ -101,18 +102,20 @@ class ActiveSegment:
             self._micro_losses = []
 
     def read(self, strategy: Any, judge: bool = False) -> Status:
-        """Fetch the losses, means over ranks (collective), and say whether one of those not judged yet diverged."""
+        """Fetch the losses, means over ranks (collective), and say whether the segment diverged by one not judged yet."""
         new, self._unread = mean_over_ranks(strategy, self._unread), []
         self.losses.extend(new)
         if self._measured is not None:
             self.grad_norms.extend(self._measured.read())
         if not judge:
             return Status.OK  # read for a checkpoint: the next look has to judge them
+        if not self.is_guarded:
+            return Status.DIVERGED if self.train.diverges and self.is_finished else Status.OK
         unjudged, self.judged = self.losses[self.judged :], len(self.losses)
         return Status.DIVERGED if any(diverged(x, self.train.stop_above) for x in unjudged) else Status.OK
 
-    def to_segment(self) -> Segment:
-        """For the record: what was made of it."""
+    def to_segment(self, status: Status = Status.OK) -> Segment:
+        """For the record: what was made of it, and how it ended."""
         train = self.train
         return Segment(
             self.steps_done,
@@ -122,6 +125,7 @@ class ActiveSegment:
             back_to=self.back_to,
             leaps=self.leaps,
             goes_on=train.goes_on,
+            diverged=status is Status.DIVERGED,
             as_left=self.as_left,
         )
 

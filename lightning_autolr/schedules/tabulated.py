@@ -26,12 +26,14 @@ class Segment:
         shape: any schedule of factors; one with an open number of steps is stretched over the segment.
         undone: the steps were trained and then taken back. They count as steps all the same.
         back_to: before this segment, the state from before the segment with this index was restored; None: none was.
-        as_left: that segment had begun by going back itself, and the restored state is the one that it went away from.
         momentum: momentum (SGD) or first beta (Adam family) at each step, or None to leave it alone.
         leaps: before this segment the run took up the end of a private probe (as beam search with several states does), which
             is not in the table: a replay has the same learning rates from here on, and other weights.
         goes_on: it goes on with the training before it, cut into pieces by a ratchet: what the module's own schedulers do
             (``on_scheduler="multiply"``) is counted from where that began.
+        diverged: it was cut short by a divergence, and the run went on with the next segment at once, not when the next batch
+            began; None: nobody knows, as in tables of older versions.
+        as_left: that segment had begun by going back itself, and the restored state is the one that it went away from.
     """
 
     num_steps: int
@@ -42,6 +44,7 @@ class Segment:
     momentum: Schedule | None = None
     leaps: bool = False
     goes_on: bool = False
+    diverged: bool | None = None
     as_left: bool = False
 
     def __post_init__(self) -> None:

@@ -59,6 +59,7 @@ class Fixed(AbstractSearch):
                 momentum=segment.momentum,
                 start=None if segment.back_to is None else states[segment.back_to, segment.as_left],
                 keep_start=(index, False) in returned_to,
+                diverges=segment.diverged,
                 goes_on=segment.goes_on,
                 release=tuple(states.pop(i) for i in list(states) if i not in later),
                 stage=index,

@@ -209,6 +209,7 @@ class _Watch:
             start=(request.start if is_first else None) or (self._lowest if self._goes_back else None),
             keep_start=keeps or (request.keep_start and is_first),
             stop_above=None if is_last else self._limit if request.stop_above is None else request.stop_above,
+            diverges=None,
             goes_on=request.goes_on or not is_first,
             release=(*(request.release if is_first else ()), *(self._kept() if keeps or is_last else ())),
         )
