@@ -178,7 +178,8 @@ def assert_undone(search: SearchCallback) -> None:
 def test_goes_back_after_a_resume_as_well(tmp_path: Path, name: str) -> None:
     whole = WITH_STATES[name]()
     found = go(tmp_path / "whole", whole, noisy_labels, noise=0.5)
-    undo = next(i for i, s in enumerate(whole.schedule) if s.back_to is not None and s.back_to < i - 2)
+    reasons = [e.request.reason for e in whole.trace if isinstance(e.request, Train)]
+    undo = next(i for i, reason in enumerate(reasons) if "back to the lowest" in reason)
     begun = sum(s.num_steps for s in whole.schedule[:undo])
     go(tmp_path / "cut", WITH_STATES[name](), noisy_labels, noise=0.5, kill_step=begun - 1)
     resumed = WITH_STATES[name]()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from lightning_autolr.core.requests import Answer, Evaluation, Probe, ProbeResult, Request, Status, Train, TrainResult
-from lightning_autolr.report.trace import Entry
+from lightning_autolr.report.trace import Entry, Record
 from lightning_autolr.schedules import Segment
 from lightning_autolr.search.base import AbstractSearch
 from tests.toy import run_toy
@@ -25,17 +24,33 @@ def entries_of(pairs: Sequence[tuple[Request, Answer]]) -> list[Entry]:
 
 def segments_of(pairs: Sequence[tuple[Request, Answer]]) -> list[Segment]:
     """The segments that a Trainer would have recorded, undone ones included."""
-    segments: list[Segment] = []
-    kept_at: dict[str, int] = {}
+    record = Record(None)
+    kept_at: dict[str, tuple[int, bool]] = {}
     for request, answer in pairs:
-        if isinstance(request, Train) and isinstance(answer, TrainResult):
-            back_to = kept_at.get(request.start or "")
-            if back_to is not None:
-                segments[back_to:] = [replace(s, undone=True) for s in segments[back_to:]]
+        here = len(record.segments)
+        if isinstance(request, Probe) and isinstance(answer, ProbeResult):
+            if answer.end is not None and request.num_steps == 0 and request.start is None:
+                kept_at[answer.end] = here, False
+        elif isinstance(request, Train) and isinstance(answer, TrainResult):
+            back_to, as_left = None, False
+            if request.start in kept_at:
+                back_to, has_gone_back = kept_at[request.start]
+                later = record.segments[back_to:]
+                as_left = bool(later) and later[0].back_to is not None and not has_gone_back
+                record.go_back(back_to, as_left)
             if answer.start is not None:
-                kept_at[answer.start] = len(segments)
-            segments.append(Segment(len(answer.losses), request.lr, request.shape, back_to=back_to))
-    return segments
+                kept_at[answer.start] = here, True
+            record.add_segment(
+                Segment(
+                    len(answer.losses),
+                    request.lr,
+                    request.shape,
+                    back_to=back_to if back_to != here else None,
+                    diverged=answer.status is Status.DIVERGED,
+                    as_left=as_left,
+                )
+            )
+    return record.segments
 
 
 def recorded(

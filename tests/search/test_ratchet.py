@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lightning_autolr.core.requests import Evaluation, Probe, ProbeResult, Run, Status, Train, TrainResult
-from lightning_autolr.schedules import Constant, Linear, WarmupStableDecay
+from lightning_autolr.schedules import Constant, Linear, Tabulated, WarmupStableDecay
 from lightning_autolr.search.autolrs import AutoLRS
 from lightning_autolr.search.autowu import AutoWU
 from lightning_autolr.search.base import AbstractSearch, replay
@@ -19,6 +19,7 @@ from lightning_autolr.search.fixed import Fixed
 from lightning_autolr.search.looks import _overfits
 from lightning_autolr.search.published import PublishedAutoLRS
 from lightning_autolr.search.ratchet import Guarded, Ratchet
+from tests.report.traces import segments_of
 from tests.toy import run_toy
 from tests.zoo import Problem, Quadratic, noisy_quadratic, off_centre
 
@@ -197,6 +198,25 @@ def test_any_search_can_be_guarded(name: str, problem: Problem) -> None:
     assert len(looks) >= 15
     middle = len(run.trace) // 2
     assert replay(guarded.requests(Run(total_steps=400, lr=0.1)), run.trace[:middle]) == run.trace[middle][0]
+
+
+REPLAYED = {
+    **SEARCHES,
+    "beam": BeamSearch(beam_size=1, interval=50),
+    "one that diverges": Fixed(Constant(), peak_lr=7.0),
+}
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+@pytest.mark.parametrize("problem", [noisy_quadratic(), off_centre()], ids=["noisy", "off centre"])
+def test_what_it_does_can_be_replayed(name: str, problem: Problem) -> None:
+    """The same steps lead to the same weights, and those that were not undone are the way to them."""
+    run = run_toy(Guarded(REPLAYED[name], Ratchet(num_looks=20)), problem, total_steps=400)
+    table = Tabulated(tuple(segments_of(run.trace)))
+    again = run_toy(Fixed(table), problem, total_steps=400)
+    assert again.train_lrs == run.train_lrs
+    assert again.path == run.path == tuple(table.kept()(step) for step in range(len(run.path)))
+    assert np.array_equal(again.state, run.state)
 
 
 def test_a_rate_that_is_too_high_is_survived() -> None:
