@@ -31,9 +31,8 @@ class KeptStates:
 
     def __init__(self, trainer: Any, prober: Prober, record: Record) -> None:
         self._trainer, self._prober, self._record = trainer, prober, record
-        self._kept_at: dict[
-            str, tuple[int, bool]
-        ] = {}  # the segment to come, and whether it has gone back itself by then
+        # The segment to come, and whether it had gone back itself by then.
+        self._kept_at: dict[str, tuple[int, bool]] = {}
         self._best_at: dict[str, dict[str, float]] = {}
 
     def keep(self, state: str) -> None:

@@ -11,11 +11,13 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from lightning_autolr import AutoLRSCallback, BeamSearchCallback, FactorSearchCallback, ScheduleCallback
-from lightning_autolr.core.requests import Train
+from lightning_autolr.core.requests import Probe, Requests, Run, Train
 from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.schedules import Constant, Rex, Tabulated
+from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.ratchet import Ratchet
 from tests.engine.small import Tiny, fit_tiny
+from tests.engine.subjects import Search
 from tests.engine.test_unknown_end import Lrs
 
 
@@ -140,6 +142,24 @@ def test_tells_of_it_after_a_resume_too(tmp_path: Path) -> None:
     state = torch.load(tmp_path / "all" / "at-step=32.ckpt", weights_only=False)
     (saved,) = [s for name, s in state["callbacks"].items() if name.startswith("ScheduleCallback")]
     assert [list(b) for b in saved["best_at"].values()] == [[str(tmp_path / "best" / "best.ckpt")]]
+
+
+@pytest.mark.parametrize(("lr", "warnings_of_it"), [(0.05, 1), (50.0, 0)])
+def test_tells_of_it_where_a_probe_kept_the_state(tmp_path: Path, lr: float, warnings_of_it: int) -> None:
+    """And only where the best checkpoint came after it."""
+
+    class Keeps(AbstractSearch):
+        def requests(self, run: Run) -> Requests:
+            yield Train(0.05, 4)
+            kept = yield Probe(1.0, 0, evaluate="none", keep_end=True)
+            yield Train(lr, 4)
+            yield Train(0.01, 4, start=kept.end, release=(kept.end,))
+
+    saver = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit_tiny(tmp_path, [Search(Keeps(), figures=False), saver], max_steps=12, enable_checkpointing=True)
+    assert sum("undoes a stage in which a checkpoint" in str(w.message) for w in caught) == warnings_of_it
 
 
 class PerEpoch(Tiny):
