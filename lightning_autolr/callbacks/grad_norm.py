@@ -25,7 +25,8 @@ class GradNormCallback(Callback):
     """Records the gradient norm of each optimizer step into ``<log_dir>/autolr/grad_norms.json``.
 
     ``lightning-autolr refine RUN_DIR``, or :func:`lightning_autolr.core.refine.refine_schedule`, makes a schedule of it.
-    The norm is that of the accumulated gradient, unscaled under mixed precision and after all-reduce.
+    The norm is that of the accumulated gradient, unscaled under mixed precision and after all-reduce; NaN for a step whose
+    batches were all skipped (``training_step`` returned None).
 
     Args:
         norm: "l2" for SGD, "l1" for the Adam family (Defazio et al. 2023, arXiv 2310.07831).
@@ -47,6 +48,7 @@ class GradNormCallback(Callback):
         self.norms, self._loaded = self._loaded, []
         self._meter = GradNorms(trainer, self.norm, self.clipped)
         self._folder = record_folder(trainer)
+        self._step = trainer.global_step
 
     @override
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -54,6 +56,9 @@ class GradNormCallback(Callback):
 
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self._step:
+            return  # gradients go on to accumulate
+        self._step = trainer.global_step
         self._meter.end_step()
         if trainer.global_step % _READ_EVERY == 0:
             self.norms += self._meter.read()

@@ -17,6 +17,7 @@ import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import islice
 from typing import Any, Literal
 
 from lightning_autolr.schedules import Constant, Schedule, Segment, from_plain
@@ -262,7 +263,8 @@ class Evaluation:
 class ProbeResult:
     """Answer to a :class:`Probe`: ``losses`` has one training loss per step, before that step, up to a divergence.
 
-    ``steps_made`` is given where more steps were made than that: losses are read now and then, so a divergence is noticed late.
+    ``skipped`` are the steps, counted from 0, that gave no loss: ``training_step`` returned None, and nothing was learnt.
+    ``steps_made`` is given where more steps were made than both: losses are read now and then, so a divergence is noticed late.
     """
 
     losses: tuple[float, ...] = ()
@@ -270,6 +272,7 @@ class ProbeResult:
     status: Status = Status.OK
     end: str | None = None
     steps_made: int | None = None
+    skipped: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "status", Status(self.status))  # comes as text from a file
@@ -277,7 +280,14 @@ class ProbeResult:
     @property
     def num_steps(self) -> int:
         """Steps made: what the probe cost."""
-        return len(self.losses) if self.steps_made is None else self.steps_made
+        return len(self.losses) + len(self.skipped) if self.steps_made is None else self.steps_made
+
+    @property
+    def loss_steps(self) -> list[int]:
+        """The step of each training loss, counted from 0."""
+        skipped = set(self.skipped)
+        steps = (step for step in range(len(self.losses) + len(skipped)) if step not in skipped)
+        return list(islice(steps, len(self.losses)))
 
     @property
     def loss(self) -> float:
@@ -303,6 +313,7 @@ class LineResult:
 class TrainResult:
     """Answer to a :class:`Train`: ``losses`` has one training loss per step made; ``start`` is the kept state's id.
 
+    ``skipped`` are the steps, counted from 0, that gave no loss, see :class:`ProbeResult`; they count as steps all the same.
     ``steps_left`` is how many steps the run has left, where its length is not known beforehand but its end is: an estimate
     from ``Trainer(max_time=...)``, or what the user said; None when nobody knows.
     """
@@ -312,9 +323,15 @@ class TrainResult:
     start: str | None = None
     grad_norms: tuple[float, ...] = ()
     steps_left: int | None = None
+    skipped: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "status", Status(self.status))
+
+    @property
+    def num_steps(self) -> int:
+        """Steps made."""
+        return len(self.losses) + len(self.skipped)
 
 
 Request = Probe | LineProbe | Train

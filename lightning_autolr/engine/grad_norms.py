@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -28,7 +29,7 @@ class GradNorms:
 
     def __init__(self, trainer: Any, norm: Norm, clipped: bool = False) -> None:
         self._trainer, self._order, self._clipped = trainer, 1 if norm == "l1" else 2, clipped
-        self._unread: list[Tensor] = []
+        self._unread: list[Tensor | None] = []  # None for a step without gradients
         self._open: list[Tensor] = []
         self._sharded = False
 
@@ -51,18 +52,23 @@ class GradNorms:
 
     def end_step(self) -> None:
         """The step is over; what was measured since the last call belongs together."""
-        if self._open:
-            self._unread.append(torch.stack(self._open).sum())
-            self._open = []
+        self._unread.append(torch.stack(self._open).sum() if self._open else None)
+        self._open = []
 
     def read(self) -> list[float]:
-        """The norms since the last call, one per step. Collective when parameters are sharded over ranks."""
-        if not self._unread:
-            return []
-        powered, self._unread = torch.stack(self._unread), []
+        """The norms since the last call, one per step: NaN where the batch was skipped, which leaves no gradients.
+
+        Collective when parameters are sharded over ranks.
+        """
+        unread, self._unread = self._unread, []
+        measured = [x for x in unread if x is not None]
+        if not measured:
+            return [math.nan] * len(unread)
+        powered = torch.stack(measured)
         if self._sharded:
             powered = self._trainer.strategy.reduce(powered, reduce_op="sum")
-        return [float(x) for x in powered.pow(1 / self._order).cpu()]
+        norms = iter(powered.pow(1 / self._order).cpu())
+        return [math.nan if x is None else float(next(norms)) for x in unread]
 
     @staticmethod
     def _powered(grads: list[Tensor], order: int) -> Tensor:

@@ -275,7 +275,9 @@ class LiveSearch:
         self._active = None
         self.record.add_segment(active.to_segment(status))
         left = self.length.steps_left(trained, active.steps_done, active.begun)
-        answer = TrainResult(tuple(active.losses), status, active.start, tuple(active.grad_norms), left)
+        answer = TrainResult(
+            tuple(active.losses), status, active.start, tuple(active.grad_norms), left, tuple(active.skipped)
+        )
         self._conversation.tell(active.train, answer, active.global_step, time.perf_counter() - active.begun)
 
     def _warm_up(self, batch: Any) -> None:

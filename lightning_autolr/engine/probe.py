@@ -273,9 +273,10 @@ class Prober:
         self.seed(request.draw, request.offset)
         losses: list[float] = []
         evaluations: list[Evaluation] = []
+        skipped: list[int] = []
         status, steps_before = Status.OK, self.cost.steps
         try:
-            self._train(request, losses, evaluations)
+            self._train(request, losses, evaluations, skipped)
         except _DivergedError:
             status = Status.DIVERGED
         for state in request.release:
@@ -293,10 +294,11 @@ class Prober:
             tuple(evaluations),
             status,
             new_id if request.keep_end else None,
-            None if made == len(losses) else made,
+            None if made == len(losses) + len(skipped) else made,
+            tuple(skipped),
         )
 
-    def _train(self, request: Probe, losses: list[float], evaluations: list[Evaluation]) -> None:
+    def _train(self, request: Probe, losses: list[float], evaluations: list[Evaluation], skipped: list[int]) -> None:
         """Make the steps of a probe, and add what came of them to the lists, as far as it came."""
         unread: list[Tensor] = []
         for done in range(1, request.num_steps + 1):
@@ -305,7 +307,9 @@ class Prober:
             self.leave()
             self.lr.set(request.lr * request.shape(done - 1))
             loss = self._unless_weights_broke(partial(self.step, request.draw, request.offset + done - 1))
-            if loss is not None:
+            if loss is None:
+                skipped.append(done - 1)
+            else:
                 unread.append(loss)
             is_due = not is_last and request.evaluate_every is not None and done % request.evaluate_every == 0
             if is_due or is_last or done % _LOOK_EVERY == 0:

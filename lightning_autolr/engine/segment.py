@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +35,8 @@ class ActiveSegment:
         as_left: likewise.
         steps_done: steps made.
         losses: of the steps that were read.
-        grad_norms: likewise, where asked for.
+        grad_norms: likewise, where asked for; NaN for a step without gradients.
+        skipped: steps that gave no loss.
         judged: how many of ``losses`` were looked at for divergence.
         begun: when it began, in seconds of ``time.perf_counter``.
     """
@@ -48,6 +50,7 @@ class ActiveSegment:
     steps_done: int = 0
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
     judged: int = 0
     begun: float = field(default_factory=lambda: time.perf_counter())
 
@@ -94,12 +97,16 @@ class ActiveSegment:
 
     def end_step(self) -> None:
         """An optimizer step was made of the losses since the last call."""
-        self.steps_done += 1
         if self._measured is not None:
             self._measured.end_step()
+        elif self.train.grad_norm is not None:
+            self.grad_norms.append(math.nan)  # no step so far had gradients
         if self._micro_losses:
             self._unread.append(torch.stack(self._micro_losses).mean())
             self._micro_losses = []
+        else:
+            self.skipped.append(self.steps_done)
+        self.steps_done += 1
 
     def read(self, strategy: Any, judge: bool = False) -> Status:
         """Fetch the losses, means over ranks (collective), and say whether the segment diverged by one not judged yet."""

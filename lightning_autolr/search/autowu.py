@@ -68,6 +68,7 @@ class _SmoothedLoss:
         self.num_steps += len(losses)
         if status is Status.DIVERGED:
             self.ran_away = True
+        if status is Status.DIVERGED or not losses:
             return
         for loss in losses:
             self.total += (loss - self.total) / self.memory
@@ -221,7 +222,7 @@ class AutoWU(AbstractSearch):
         answer: TrainResult = yield Train(
             found.lr, 1, start=start, stage=1, label="warm-up", reason=found.reason, release=(climb.kept,)
         )
-        return replace(found, num_steps=found.num_steps + len(answer.losses))
+        return replace(found, num_steps=found.num_steps + answer.num_steps)
 
     def _decline(self, run: Run, found: WarmupRange) -> Requests:
         """From the learning rate found to the end of the run.
@@ -250,10 +251,10 @@ class AutoWU(AbstractSearch):
                     label="decay",
                     reason=found.reason,
                 )
-                left -= len(answer.losses)
+                left -= answer.num_steps
                 kept = kept or answer.start
                 if answer.status is Status.OK:
-                    offset, start = len(answer.losses), None
+                    offset, start = answer.num_steps, None
                     break
                 lr, start = lr / 2, kept
         release = () if kept is None else (kept,)
@@ -265,6 +266,8 @@ class AutoWU(AbstractSearch):
                     lr, num_steps, start=start, stage=1, label="hold", reason=found.reason, release=release
                 )
                 left, offset, start, release = left - num_steps, 0, None, ()
+                if not answer.losses:
+                    continue  # all batches were skipped
                 loss = float(np.mean(answer.losses))
                 improved = loss < best - 1e-4 * abs(best) if math.isfinite(best) else math.isfinite(loss)
                 best, bad = (loss, 0) if improved else (best, bad + 1)
@@ -333,6 +336,7 @@ class _Climb:
         self._search, self._most, self._interval = search, most, interval
         self._test, self._verdicts = search.test(), deque[bool](maxlen=search.patience)
         self._smoothed = None if search._guard is None else _SmoothedLoss(search._guard, max(_FEW, interval))
+        self._made = 0  # steps; a skipped batch makes one without a loss
         self._losses: list[float] = []
         self._regression: Regression | None = None
         self.kept: str | None = None
@@ -340,7 +344,7 @@ class _Climb:
 
     @property
     def is_over(self) -> bool:
-        return len(self._losses) >= self._most or self._passed or self._ran_away
+        return self._made >= self._most or self._passed or self._ran_away
 
     @property
     def has_risen(self) -> bool:
@@ -357,7 +361,7 @@ class _Climb:
 
     def next_piece(self) -> Train:
         """The steps up to the next test; where the loss is at its lowest, the state before them is kept."""
-        search, begin = self._search, len(self._losses)
+        search, begin = self._search, self._made
         keep = self._smoothed is not None and self._smoothed.is_lowest
         return Train(
             lr=search.lr_at(begin, self._most),
@@ -373,23 +377,25 @@ class _Climb:
 
     def add(self, piece: Train, answer: TrainResult) -> None:
         """Note what came of a piece, and test all losses so far."""
-        if not answer.losses:
-            raise ValueError(
-                "Expected the training loss of each step of the warm-up, got none. Return it from `training_step`."
-            )
         if piece.keep_start:
-            self.kept, self._kept_at = answer.start, len(self._losses)
+            self.kept, self._kept_at = answer.start, self._made
+        self._made += answer.num_steps
         self._losses += answer.losses
+        if not self._losses and self._made >= _FEW:
+            raise ValueError(
+                f"Expected the training losses of the warm-up, got none in {self._made} steps. Return them from "
+                "`training_step`."
+            )
         if self._smoothed is not None:
             self._smoothed.add(answer.losses, answer.status)
-        is_last = len(self._losses) >= self._most
+        is_last = self._made >= self._most
         enough = 2 if is_last else _FEW  # the last test is made for its minimum alone
         if np.isfinite(self._losses).sum() >= enough and not (is_last and self._search.compat):
             self._regression = self._test(self._losses)
             self._verdicts.append(self._regression.past)
 
     def found(self) -> WarmupRange:
-        search, made = self._search, len(self._losses)
+        search, made = self._search, self._made
         lr = reached = search.lr_at(made - 1, self._most)
         if self._regression is not None and (self._passed or not search.compat):
             # Position 1 is the step to come. The published code puts the last step's learning rate there.

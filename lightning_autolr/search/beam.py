@@ -152,7 +152,7 @@ class BeamSearch(AbstractSearch):
                 reason=f"lowest {self.score} loss {winner.score:.4g} of {len(candidates)} children",
             )
             kept.add(answer.start)
-            left -= max(len(answer.losses), 1)
+            left -= max(answer.num_steps, 1)
             if answer.status is Status.OK:
                 beam = [_State(None, winner.lr), *survivors]
             else:

@@ -329,12 +329,12 @@ class PublishedAutoLRS(AbstractSearch):
                 release=known.give_up(),
             )
             undo = undo or answer.start
-            known.left -= num_steps if answer.status is Status.OK else len(answer.losses)
+            known.left -= num_steps if answer.status is Status.OK else answer.num_steps
             if answer.status is Status.OK or known.left < 1:
                 break
             known.exclude(lr)
             second = next((c for c in candidates if c.lr < lr), None) if failures == 0 else None
-            reason = f"{lr:.3g} diverged at step {len(answer.losses)}: {'the next best' if second else 'a lower'} one"
+            reason = f"{lr:.3g} diverged at step {answer.num_steps}: {'the next best' if second else 'a lower'} one"
             lr = second.lr if second else max(known.min_lr, lr / 10)
         known.lr = lr
         known.undo = () if undo is None else (undo,)

@@ -95,6 +95,7 @@ class RangeTest:
         lrs = ladder(self.min_lr, self.max_lr, self.num_steps, self.mode).tolist()
         for repeat in range(self.repeats):
             losses: list[float] = []
+            tried: list[float] = []  # the learning rate of each of them: a skipped batch gives none
             start: str | None = None
             for position in range(0, self.num_steps, self.chunk):
                 steps = min(self.chunk, self.num_steps - position)
@@ -114,12 +115,13 @@ class RangeTest:
                 )
                 start, left_over = answer.end, None
                 losses += answer.losses
+                tried += [lrs[position + step] for step in answer.loss_steps]
                 if answer.status is Status.DIVERGED:
                     losses.append(math.inf)
-                if divergence(losses)[0] is not None:
+                if losses and divergence(losses)[0] is not None:
                     break
             left_over = start
-            curves.append(RangeCurve.measured(lrs, losses, self.width))
+            curves.append(RangeCurve.measured(tried, losses, self.width))
         if left_over is not None:
             yield Probe(self.min_lr, 0, evaluate="none", label="range test", kind="range test", release=(left_over,))
         return suggest(curves, self.rule)

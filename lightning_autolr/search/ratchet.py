@@ -106,15 +106,18 @@ class _Made:
     start: str | None = None
     steps_left: int | None = None
     steps: int = 0
+    skipped: list[int] = field(default_factory=list)
 
     def add(self, answer: TrainResult, steps: int) -> None:
         self.losses += answer.losses
+        self.skipped += [self.steps + step for step in answer.skipped]
         self.grad_norms += answer.grad_norms
         self.steps_left = answer.steps_left
         self.steps += steps
 
     def result(self, status: Status = Status.OK) -> TrainResult:
-        return TrainResult(tuple(self.losses), status, self.start, tuple(self.grad_norms), self.steps_left)
+        norms, skipped = tuple(self.grad_norms), tuple(self.skipped)
+        return TrainResult(tuple(self.losses), status, self.start, norms, self.steps_left, skipped)
 
 
 class _Watch:
@@ -266,4 +269,4 @@ def _from(schedule: Schedule, step: int) -> Schedule:
 
 
 def _steps_of(piece: Train, answer: TrainResult) -> int:
-    return piece.num_steps or 0 if answer.status is Status.OK else len(answer.losses)
+    return piece.num_steps or 0 if answer.status is Status.OK else answer.num_steps

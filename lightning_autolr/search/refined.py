@@ -51,7 +51,8 @@ class OnlineRefined(AbstractSearch):
         norms: list[float] = []
         factor: float | None = None
         while len(norms) < total:
-            plan = refine_online(norms, total, previous=factor, norm=self.norm, smoothing=self.smoothing)
+            known = norms if any(0 < x < math.inf for x in norms) else [1.0] * len(norms)  # all batches were skipped
+            plan = refine_online(known, total, previous=factor, norm=self.norm, smoothing=self.smoothing)
             num_steps = min(piece, total - len(norms))
             # a last step that stands alone has factor 0, which only a shape can have
             lr, shape = (peak * plan.lr, plan.shape) if plan.lr else (peak, Constant(0.0))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from lightning_autolr.core.requests import Status, Train
+from lightning_autolr.core.requests import Status, Train, TrainResult
 from lightning_autolr.engine.segment import ActiveSegment
 
 
@@ -25,3 +25,18 @@ def test_a_loss_that_is_not_finite_is_a_divergence(loss: float, status: Status, 
     assert active.read(strategy) is Status.OK
     assert active.read(strategy, judge=True) is status
     assert active.read(strategy, judge=True) is Status.OK
+
+
+def test_steps_without_a_loss_are_told() -> None:
+    """And the missing gradients before the first norm; a saved piece of training knows them."""
+    strategy = SingleDeviceStrategy(torch.device("cpu"))
+    active = ActiveSegment(Train(0.1, 5, grad_norm="l2"))
+    for loss in (None, torch.tensor(2.0), None):
+        if loss is not None:
+            active.add_loss(loss)
+        active.end_step()
+    active.read(strategy)
+    active = ActiveSegment.from_state_dict(active.state_dict())
+    answer = TrainResult(tuple(active.losses), skipped=tuple(active.skipped))
+    assert (answer.losses, answer.skipped, answer.num_steps) == ((2.0,), (0, 2), 3)
+    assert len(active.grad_norms) == 3

@@ -390,8 +390,8 @@ def test_a_run_of_unknown_length_is_refused() -> None:
 def test_losses_must_come() -> None:
     requests = AutoWU().requests(THOUSAND)
     next(requests)
-    with pytest.raises(ValueError, match="Return it from `training_step`"):
-        requests.send(TrainResult())
+    with pytest.raises(ValueError, match="Return them from `training_step`"):
+        requests.send(TrainResult(skipped=tuple(range(25))))
 
 
 @pytest.mark.parametrize(

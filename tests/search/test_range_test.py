@@ -179,6 +179,27 @@ def test_two_states_at_most_and_none_in_the_end(end: float, length: int) -> None
     assert not keeper.alive
 
 
+@pytest.mark.parametrize("skipped", [{4, 9}, {0, 1, 2, 3, 4}, {*range(0, 10, 2)}])
+def test_skipped_batches_do_not_move_it(skipped: set[int]) -> None:
+    """A skipped step gives no loss and changes nothing: rates go with the losses of their own steps."""
+    found = []
+    for skips in (set(), skipped):
+        climb, lr, answer = RangeTest(repeats=1).measure(), 1e-9, None
+        while True:
+            try:
+                probe = climb.send(answer)
+            except StopIteration as end:
+                found.append(end.value.lr)
+                break
+            losses = []
+            for step in range(probe.num_steps):
+                if step not in skips:  # the loss of the weights after the step before
+                    losses.append(2 - math.exp(-(math.log10(lr / 0.1) ** 2)) + 3 * lr**2)
+                    lr = probe.lr * probe.shape(step)
+            answer = ProbeResult(tuple(losses), end="end", skipped=tuple(sorted(skips)))
+    assert found[1] == pytest.approx(found[0], rel=0.5)
+
+
 def test_other_searches_use_it_for_bounds() -> None:
     class Bounded(AbstractSearch):
         def requests(self, run: Run) -> Requests:

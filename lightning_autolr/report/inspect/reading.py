@@ -77,7 +77,7 @@ def range_suggestion(search: Search) -> RangeSuggestion:
     rule = next((probe.rule for probe, _ in _probes(search.entries) if probe.rule is not None), RangeTest.rule)
     curves = []
     for climb in _chains(search.entries):
-        lrs = [probe.lr * probe.shape(i) for probe, _ in climb for i in range(probe.num_steps)]
+        lrs = [probe.lr * probe.shape(i) for probe, answer in climb for i in answer.loss_steps]
         losses = [loss for _, answer in climb for loss in answer.losses]
         if climb[-1][1].status is Status.DIVERGED:
             losses.append(math.inf)
