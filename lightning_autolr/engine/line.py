@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["answer_line_probe"]
 
+_MOST_SKIPPED = 100  # steps in a row without a loss, after which none is looked for
+
 
 def answer_line_probe(prober: Prober, request: LineProbe) -> LineResult:
     """Losses at multiples of the update; inside a session only."""
@@ -113,10 +115,17 @@ def _evaluation(prober: Prober, request: LineProbe) -> float:
         raise ValueError("Expected `evaluate_on='validation'` under manual optimization, whose training step updates.")
     count = steps_per_batch(prober.trainer)
     step = request.horizon - (request.evaluate_on == "same")
-    batches = prober.draws.training(request.draw, step * count, count)
-    # In training mode, as the real forward will be; batch statistics go into buffers that are put back.
-    means = mean_over_ranks(prober.trainer.strategy, prober.training_losses(batches, training=True))
-    return math.fsum(means) / len(means)
+    for later in range(step, step + _MOST_SKIPPED):  # a batch that is skipped says nothing: the next one that is not
+        batches = prober.draws.training(request.draw, later * count, count)
+        # In training mode, as the real forward will be; batch statistics go into buffers that are put back.
+        losses = prober.training_losses(batches, training=True)
+        if losses:
+            means = mean_over_ranks(prober.trainer.strategy, losses)
+            return math.fsum(means) / len(means)
+    raise ValueError(
+        f"Expected `training_step` to return a loss or to log one, got neither in {_MOST_SKIPPED} steps. Do either, or use "
+        "`evaluate_on='validation'`."
+    )
 
 
 def _weights(prober: Prober) -> list[Tensor]:

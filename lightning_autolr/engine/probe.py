@@ -239,12 +239,15 @@ class Prober:
             self._sink.dataloader_idx = None
             self._sink.take()
         if not values:
-            raise ValueError(f"Expected evaluation batches for {request.evaluate!r}, got none of them.")
+            raise ValueError(
+                f"Expected evaluation batches with a loss for {request.evaluate!r}, got none: `training_step` returned none "
+                "and logged none for any of them."
+            )
         sign = -1.0 if self._options.mode == "max" and request.evaluate == "validation" else 1.0
         return [sign * value for value in mean_over_ranks(self._strategy, values)]
 
     def training_losses(self, batches: list[Any], training: bool = False) -> list[Tensor]:
-        """Training losses of batches without a step; in evaluation mode unless ``training``."""
+        """Training losses of batches without a step, but for those that are skipped; in evaluation mode unless ``training``."""
         assert self._sink is not None
         self.leave()  # in training mode they move batch statistics
         self.cost.eval_batches += len(batches)

@@ -5,13 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.pytorch.callbacks import Callback
 
-from lightning_autolr import AutoWUCallback, GradNormCallback, RefinedScheduleCallback, SearchCallback
+from lightning_autolr import (
+    AutoWUCallback,
+    BeamSearchCallback,
+    FactorSearchCallback,
+    GradNormCallback,
+    RefinedScheduleCallback,
+    SearchCallback,
+)
 from lightning_autolr.core.refine import refine_schedule
 from lightning_autolr.core.requests import Probe, Requests, Run, Train
 from lightning_autolr.search.base import AbstractSearch
@@ -100,3 +108,29 @@ def test_there_is_a_norm_for_each_step(tmp_path: Path) -> None:
     fit(tmp_path, Skips(), callback)
     assert [i for i, norm in enumerate(callback.norms) if math.isnan(norm)] == list(range(4, 100, 5))
     assert refine_schedule(callback.norms).length == 100
+
+
+class SkipsByData(Tiny):
+    """Leaves out a sixth of the batches, wherever they come."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if float(batch[0][0, 0]) > 1.0 else super().training_step(batch, batch_idx)
+
+
+class SkipsAll(Tiny):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(BeamSearchCallback, interval=10, score="holdout", eval_batches=4),
+        partial(FactorSearchCallback, every=10),
+        partial(FactorSearchCallback, every=10, evaluate_on="same"),
+    ],
+)
+def test_they_are_left_out_of_scores(make: Any, tmp_path: Path) -> None:
+    assert len(fit(tmp_path, SkipsByData(), make(figures=False), max_steps=50)) == 50
+    with pytest.raises(ValueError, match=r"a loss .*got n"):
+        fit(tmp_path, SkipsAll(), make(figures=False), max_steps=50)
