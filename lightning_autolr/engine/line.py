@@ -118,9 +118,9 @@ def _evaluation(prober: Prober, request: LineProbe) -> float:
     for later in range(step, step + _MOST_SKIPPED):  # a batch that is skipped says nothing: the next one that is not
         batches = prober.draws.training(request.draw, later * count, count)
         # In training mode, as the real forward will be; batch statistics go into buffers that are put back.
-        losses = prober.training_losses(batches, training=True)
-        if losses:
-            means = mean_over_ranks(prober.trainer.strategy, losses)
+        found = prober.training_losses(batches, training=True)
+        if found:
+            means = mean_over_ranks(prober.trainer.strategy, found)
             return math.fsum(means) / len(means)
     raise ValueError(
         f"Expected `training_step` to return a loss or to log one, got neither in {_MOST_SKIPPED} steps. Do either, or use "
