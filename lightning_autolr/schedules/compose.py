@@ -279,6 +279,9 @@ class WarmupStableDecay(Budgeted):
     def __call__(self, step: float) -> float:
         return self._phases(step)
 
+    def momentum_schedule(self) -> Schedule | None:
+        return self._phases.momentum_schedule()
+
 
 @dataclass(frozen=True)
 class Sampled(Schedule):
