@@ -84,7 +84,7 @@ ZOO: list[Schedule] = [
     Sampled(Cyclic(step_size=5), rate=3),
     Tabulated((Segment(5, 1.0, Linear()), Segment(15, 0.5, momentum=Constant(0.9))), absolute=False),
     TABLE,
-    Warmup(TABLE, num_warmup_steps=4),
+    Warmup(TABLE.kept(), num_warmup_steps=4),
 ]
 
 FRACTIONS: list[Schedule] = [
@@ -546,6 +546,9 @@ def test_momentum_goes_through_compositions() -> None:
     assert [partly(t) for t in (0, 4, 5, 9, 10, 19)] == pytest.approx([0.95, 0.95, 0.85, 0.85, 0.95, 0.95])
     table = momentum(Tabulated((Segment(2, 0.1), Segment(3, 0.1, momentum=Constant(0.7)))))
     assert values(table, 6) == [0.7] * 6
+    wsd = momentum(WarmupStableDecay(20, num_warmup_steps=5, num_decay_steps=10, decay=OneCycle()))
+    assert [wsd(t) for t in (0, 9, 10, 15, 20)] == pytest.approx([0.95, 0.95, 0.95, 0.85, 0.95])
+    assert WarmupStableDecay(20).momentum_schedule() is None
     assert all(s.momentum_schedule() is None for s in (Rex(5), Warmup(Rex(5), 2), Joined((Rex(5),), ()), TABLE))
     with pytest.raises(ValueError, match="known number"):
         Joined((OneCycle(), Linear()), (0.9,)).momentum_schedule()
@@ -621,6 +624,24 @@ def test_stretched_table_keeps_its_proportions() -> None:
 def test_empty_segments_are_passed_over() -> None:
     table = Tabulated((Segment(2, 0.1), Segment(0, 9.0), Segment(2, 0.2)))
     assert values(table, 5) == [0.1, 0.1, 0.2, 0.2, 0.2]
+
+
+def test_a_table_without_empty_segments_goes_back_to_the_same_states() -> None:
+    """Segments 1 and 3 are empty: what went back to 1 stays where it is, and 5 goes back to before 2."""
+    parts = [(2, None), (0, None), (3, 1), (0, 2), (4, None), (1, 3)]
+    table = Tabulated(tuple(Segment(n, 0.1, back_to=back_to) for n, back_to in parts))
+    found = table.without_empty()
+    assert [(s.num_steps, s.back_to) for s in found.segments] == [(2, None), (3, None), (4, 1), (1, 1)]
+    assert TABLE.without_empty() == TABLE
+
+
+def test_a_table_stretched_to_a_shorter_run_ends_where_it_did() -> None:
+    """The last segment of one step gets none: the table goes on past its end as before."""
+    table = Tabulated((Segment(99, 0.1), Segment(1, 0.2, Linear(2), momentum=Linear(1))))
+    short = table.stretched(10)
+    assert [s.num_steps for s in short.segments] == [10, 0]
+    assert short(10) == table(100) == 0.1
+    assert short.without_empty() == short
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
@@ -790,6 +811,8 @@ def test_torch_scheduler_refuses_what_it_cannot_do() -> None:
         to_lr_scheduler(Cosine(), sgd())
     with pytest.raises(ValueError, match=r"undone.*kept"):
         to_lr_scheduler(TABLE, sgd())
+    with pytest.raises(ValueError, match="without undone segments"):
+        to_lr_scheduler(Scaled(TABLE, 1.0), sgd())
     with pytest.raises(ValueError, match="learning rate > 0"):
         to_lr_scheduler(TABLE.kept(), sgd(group(0.0)))
 

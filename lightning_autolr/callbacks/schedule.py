@@ -18,12 +18,13 @@ __all__ = ["ScheduleCallback"]
 class ScheduleCallback(SearchCallback):
     """Drives the learning rate from a schedule, so that configs can compare schedules without touching the module.
 
-    Steps are optimizer steps: accumulation is counted. Past its end a schedule stays at its last value. When a run is resumed
-    with another length, an open schedule is stretched over the new one.
+    Steps are optimizer steps: accumulation is counted. Past its end a schedule stays at its last value; one that ends at 0
+    trains nothing any more. When a run is resumed with another length, an open schedule is stretched over the new one.
 
     Args:
         schedule: any schedule, or one that a search found (``Tabulated.from_file(path)``), which is repeated bit for bit
-            (unless a segment of it leaps, see :class:`~lightning_autolr.schedules.Segment`).
+            (unless a segment of it leaps, see :class:`~lightning_autolr.schedules.Segment`). Within another schedule it must
+            not have undone segments: ``found.kept()`` has none.
         peak_lr: learning rate at factor 1; None is the one configured in the module. Unused by found schedules.
         options: see :class:`~lightning_autolr.engine.driver.SearchCallback`.
 
@@ -42,6 +43,7 @@ class ScheduleCallback(SearchCallback):
             raise TypeError(f"Expected a Schedule, got {schedule!r}. For a file pass `Tabulated.from_file(path)`.")
         if peak_lr is not None and not peak_lr > 0:
             raise ValueError(f"Expected peak_lr > 0 or None, got {peak_lr=}.")
+        Fixed(schedule, peak_lr)  # checks it, on every rank
         super().__init__(**options)
         self.schedule_to_follow = schedule
         self.peak_lr = peak_lr

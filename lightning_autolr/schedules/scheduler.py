@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_autolr.schedules.base import Schedule, unresolved
 from lightning_autolr.schedules.plain import from_plain, to_plain
-from lightning_autolr.schedules.tabulated import Segment, Tabulated
+from lightning_autolr.schedules.tabulated import Segment, goes_back
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -43,10 +43,10 @@ def to_lr_scheduler(schedule: Schedule, optimizer: Optimizer) -> LambdaLR:
 
     if not schedule.is_resolved:
         raise unresolved(schedule)
-    if isinstance(schedule, Tabulated) and any(segment.undone for segment in schedule.segments):
+    if goes_back(schedule):
         raise ValueError(
             "Expected a table without undone segments, because a torch scheduler cannot put weights back, got "
-            f"{schedule}. Leave those steps out with `schedule.kept()`."
+            f"{schedule}. Leave those steps out with `table.kept()`."
         )
     if schedule.absolute:
         _as_ratios(optimizer)

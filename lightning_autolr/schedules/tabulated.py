@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from lightning_autolr.schedules.base import Constant, Schedule, as_count, check_number, replace_field
 from lightning_autolr.schedules.compose import join_momenta
@@ -21,8 +22,9 @@ class Segment:
     """A piece of a table: ``num_steps`` optimizer steps at ``lr * shape(step)``, steps counted within the segment.
 
     Args:
-        num_steps: optimizer steps, >= 0.
-        lr: learning rate (or factor) that the shape multiplies, >= 0.
+        num_steps: optimizer steps, >= 0; without any it is left out of a training, unless it is the last one and the run goes
+            on past the end.
+        lr: learning rate (or factor) that the shape multiplies, >= 0; at 0 the weights stand still.
         shape: any schedule of factors; one with an open number of steps is stretched over the segment.
         undone: the steps were trained and then taken back. They count as steps all the same.
         back_to: before this segment, the state from before the segment with this index was restored; None: none was.
@@ -62,16 +64,33 @@ class Segment:
         return self.lr * self.shape(step)
 
     def stretched(self, num_steps: int) -> Segment:
-        """The same segment over another number of steps, its shape in proportion."""
+        """The same segment over another number of steps, its shape in proportion; over none it is its own end."""
         if num_steps == self.num_steps or self.num_steps == 0:
             return dataclasses.replace(self, num_steps=num_steps)
 
         def in_proportion(schedule: Schedule) -> Schedule:
+            if num_steps == 0:
+                return Constant(schedule(self.num_steps))
             length = schedule.length
             return schedule if length is None else schedule.stretched(round(length * num_steps / self.num_steps))
 
         momentum = None if self.momentum is None else in_proportion(self.momentum)
         return dataclasses.replace(self, num_steps=num_steps, shape=in_proportion(self.shape), momentum=momentum)
+
+
+def goes_back(value: Any) -> bool:
+    """Whether a schedule has segments that were undone, at any depth: its values alone do not say how to repeat it.
+
+    >>> from lightning_autolr.schedules import Scaled
+    >>> table = Tabulated((Segment(2, 0.2, undone=True), Segment(2, 0.1, back_to=0)))
+    >>> goes_back(Scaled(table, 0.5)), goes_back(Scaled(table.kept(), 0.5))
+    (True, False)
+    """
+    if isinstance(value, Segment) and (value.undone or value.back_to is not None):
+        return True
+    if isinstance(value, tuple):
+        return any(map(goes_back, value))
+    return dataclasses.is_dataclass(value) and any(goes_back(getattr(value, f.name)) for f in dataclasses.fields(value))
 
 
 @dataclass(frozen=True)
@@ -131,6 +150,22 @@ class Tabulated(Schedule):
     def __call__(self, step: float) -> float:
         index = max(bisect.bisect_right(self._starts, step) - 1, 0)
         return self.segments[index](step - self._starts[index])
+
+    def without_empty(self) -> Tabulated:
+        """The table without segments of zero steps; the last one stays, since the table goes on with it past its end."""
+        kept: list[Segment] = []
+        places: list[int] = []  # the state before each segment is the one before the kept segment of this index
+        back_to, leaps, goes_on = None, False, True  # of the empty segments right before
+        for index, segment in enumerate(self.segments):
+            back_to = back_to if segment.back_to is None else places[segment.back_to]
+            back_to = None if back_to == len(kept) else back_to  # nothing was trained since
+            leaps, goes_on = leaps or segment.leaps, goes_on and segment.goes_on
+            stays = segment.num_steps > 0 or index == len(self.segments) - 1
+            places.append(len(kept) if stays or back_to is None else back_to)
+            if stays:
+                kept.append(dataclasses.replace(segment, back_to=back_to, leaps=leaps, goes_on=goes_on))
+                back_to, leaps, goes_on = None, False, True
+        return dataclasses.replace(self, segments=tuple(kept))
 
     def kept(self) -> Tabulated:
         """The table without the segments that were undone: the way to the final weights, without any going back.

@@ -22,7 +22,19 @@ from torch.utils.data import DataLoader
 from lightning_autolr import GradNormCallback, RangeTestCallback, RefinedScheduleCallback, ScheduleCallback
 from lightning_autolr.core.range_rules import RangeSuggestion
 from lightning_autolr.core.refine import refine_schedule
-from lightning_autolr.schedules import Cosine, OneCycle, Rex, Schedule
+from lightning_autolr.schedules import (
+    Cosine,
+    Exponential,
+    Joined,
+    Linear,
+    OneCycle,
+    Rex,
+    Scaled,
+    Schedule,
+    Segment,
+    Shifted,
+    Tabulated,
+)
 from tests.callbacks.test_contract import Ordered, Tiny, data, trainer
 from tests.test_schedules import ZOO
 
@@ -79,6 +91,38 @@ def test_a_schedule_is_written_at_each_optimizer_step_in_the_groups_ratio(accumu
 def test_past_its_end_a_schedule_stays(tmp_path: Path) -> None:
     seen = run(Scheduled(), tmp_path, ScheduleCallback(Cosine(num_steps=10, end=0.2), peak_lr=0.5))
     assert [lr for _, lr in seen.lrs[10:]] == pytest.approx([0.1] * 14)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        Tabulated((Segment(10, 0.1, Linear(10)),)),  # past its end
+        Tabulated((Segment(4, 0.1, Exponential(10)),)),  # and past the end of its shape, which has one of its own
+        Tabulated((Segment(4, 0.1), Segment(0, 0.4), Segment(20, 0.2))),
+        Tabulated((Segment(4, 0.1), Segment(5, 0.0), Segment(15, 0.2))),
+        Tabulated((Segment(99, 0.1), Segment(1, 0.2, Linear(2)))).stretched(20),
+    ],
+)
+def test_a_table_is_trained_as_it_says(table: Tabulated, tmp_path: Path) -> None:
+    seen = run(Scheduled(), tmp_path, ScheduleCallback(table))
+    assert [lr for _, lr in seen.lrs] == [table(step) for step in range(24)]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda found: Scaled(found, 1.0),
+        lambda found: Joined((found,), ()),
+        lambda found: Shifted(found, 0),
+        lambda found: Tabulated((Segment(9, 1.0, found),)),
+    ],
+)
+def test_a_found_schedule_within_another_has_no_undone_segments(wrap: Callable[[Schedule], Schedule]) -> None:
+    """Nobody would take them back."""
+    found = Tabulated((Segment(3, 0.1), Segment(3, 0.2, undone=True), Segment(3, 0.1, back_to=1)))
+    with pytest.raises(ValueError, match=r"Put `found.kept\(\)` there"):
+        ScheduleCallback(wrap(found))
+    ScheduleCallback(wrap(found.kept()))
 
 
 @pytest.mark.parametrize("kind", [lambda g, lr: torch.optim.SGD(g, lr=lr, momentum=0.9), torch.optim.AdamW])
