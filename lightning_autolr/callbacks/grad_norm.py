@@ -105,6 +105,8 @@ class RefinedScheduleCallback(SearchCallback):
         options: see :class:`~lightning_autolr.engine.driver.SearchCallback`.
     """
 
+    scores_candidates = False
+
     def __init__(
         self,
         peak_lr: float | None = None,

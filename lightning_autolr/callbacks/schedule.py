@@ -33,6 +33,8 @@ class ScheduleCallback(SearchCallback):
         Trainer(callbacks=[ScheduleCallback(Rex(), peak_lr=0.1)])
     """
 
+    scores_candidates = False
+
     def __init__(
         self,
         schedule: Schedule,

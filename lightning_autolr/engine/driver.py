@@ -64,6 +64,7 @@ class SearchCallback(Callback):
     """
 
     search: AbstractSearch
+    scores_candidates = True  # by ``objective``; one whose learning rates are known makes none
 
     def __init__(
         self,
@@ -140,8 +141,9 @@ class SearchCallback(Callback):
         if stage != "fit":
             return
         if self.searches:
+            scored_by = self.objective if self.scores_candidates else None
             looks_at = None if self.ratchet is None else self.ratchet.evaluate
-            check_trainer(trainer, pl_module, {self.objective, looks_at}, self.allow_untested)
+            check_trainer(trainer, pl_module, {scored_by, looks_at}, self.allow_untested)
         if others := [type(c).__name__ for c in trainer.callbacks if isinstance(c, SearchCallback) and c is not self]:
             raise MisconfigurationException(
                 f"Expected one callback that sets the learning rate, got {type(self).__name__} and {', '.join(others)}. Leave "

@@ -18,7 +18,8 @@ from lightning_autolr.callbacks.autolrs import AutoLRSCallback
 from lightning_autolr.callbacks.grad_norm import RefinedScheduleCallback
 from lightning_autolr.callbacks.schedule import ScheduleCallback
 from lightning_autolr.engine.checks import check_trainer
-from lightning_autolr.schedules import Constant, Cosine
+from lightning_autolr.schedules import Constant, Cosine, Segment, Tabulated
+from lightning_autolr.search.ratchet import Ratchet
 from tests.engine.small import Stages, Tiny, fit_tiny, loader
 from tests.engine.subjects import NoisyData, Search
 
@@ -111,6 +112,19 @@ def test_no_validation(tmp_path: Path) -> None:
         fit_tiny(tmp_path, [Search(Stages())], limit_val_batches=0)
     fit_tiny(tmp_path, [Search(Stages(evaluate="holdout"), objective="holdout")], limit_val_batches=0)
     fit_tiny(tmp_path, [ScheduleCallback(Constant())], limit_val_batches=0)
+
+
+def test_a_known_schedule_scores_no_candidates(tmp_path: Path) -> None:
+    with_undo = Tabulated((Segment(2, 0.5, undone=True), Segment(4, 0.1, back_to=0)))
+    looks = Ratchet(evaluate="holdout")
+    for callback in (
+        ScheduleCallback(with_undo),
+        ScheduleCallback(Cosine(), ratchet=looks),
+        RefinedScheduleCallback(ratchet=looks),
+    ):
+        fit_tiny(tmp_path, [callback], limit_val_batches=0)
+    with pytest.raises(MisconfigurationException, match="Expected a `validation_step`"):
+        fit_tiny(tmp_path, [ScheduleCallback(Cosine(), ratchet=True)], limit_val_batches=0)
 
 
 class Manual(Tiny):
