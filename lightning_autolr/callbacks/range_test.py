@@ -135,13 +135,17 @@ class RangeTestCallback(Callback):
         self._loaded = list(state_dict["done"])
 
     def _test(self, trainer: Any, now: int) -> None:
-        lr = LearningRate(trainer.optimizers)
+        # Two that write would not know of each other's private steps.
+        running = next((c.learning_rate for c in trainer.callbacks if isinstance(c, SearchCallback)), None)
+        lr = running or LearningRate(trainer.optimizers)
         prober = Prober(trainer, lr, self.options)
         try:
             with prober.session():
                 suggestion = decide(trainer.strategy, self._measure(prober))
         finally:
-            lr.close()
+            prober.close()
+            if lr is not running:
+                lr.close()
         self.suggestions[now] = suggestion
         found = "" if suggestion.lr is None else f"{suggestion.lr:.3g}. "
         rank_zero_info(f"RangeTestCallback at {self.unit} {now}: {found}{suggestion.reason}")

@@ -20,7 +20,7 @@ from lightning_autolr.engine.compat import remove_log_methods
 from lightning_autolr.engine.figure_log import options_of
 from lightning_autolr.engine.files import Place
 from lightning_autolr.engine.live import LiveSearch
-from lightning_autolr.engine.lr import OnScheduler
+from lightning_autolr.engine.lr import LearningRate, OnScheduler
 from lightning_autolr.engine.probe import Cost, ProbeOptions
 from lightning_autolr.engine.ranks import strategy_is_distributed
 from lightning_autolr.report.trace import Entry, Record, summary_of
@@ -282,6 +282,11 @@ class SearchCallback(Callback):
         ``search_steps`` (private and undone), ``eval_batches``, ``search_seconds``, ``learning_rates`` (the peak of each kept
         segment)."""
         return summary_of(self._record.segments, self._cost)
+
+    @property
+    def learning_rate(self) -> LearningRate | None:
+        """What writes the learning rates while something is trained."""
+        return None if self._live is None else self._live.lr
 
     def finish_in(self, num_steps: int) -> None:
         """End the run after ``num_steps`` more optimizer steps; a search that holds for want of an end anneals over them.

@@ -264,6 +264,21 @@ def test_a_range_test_that_is_not_applied_leaves_no_trace(tmp_path: Path) -> Non
     assert sorted(callback.suggestions) == [0, 1]
 
 
+@pytest.mark.parametrize("on_scheduler", ["multiply", "override"])
+@pytest.mark.filterwarnings("ignore:ScheduleCallback overrides")
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning")
+def test_a_range_test_beside_a_callback_that_sets_the_learning_rate(on_scheduler: Any, tmp_path: Path) -> None:
+    def weights(*callbacks: Callback) -> list[torch.Tensor]:
+        seed_everything(0, verbose=False)
+        module = Scheduled(lambda o: sched.ExponentialLR(o, 0.9))
+        run(module, tmp_path, *callbacks, ScheduleCallback(Rex(), peak_lr=0.5, on_scheduler=on_scheduler))
+        return list(module.parameters())
+
+    test = RangeTestCallback(milestones=(0, 3, 5), unit="step", num_steps=20, repeats=2)
+    assert all(torch.equal(a, b) for a, b in zip(weights(), weights(test), strict=True))
+    assert sorted(test.suggestions) == [0, 3, 5]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"milestones": ()}, {"milestones": (-1,)}, {"unit": "hour"}, {"min_lr": 1.0, "max_lr": 0.1}, {"rule": "best"}],
