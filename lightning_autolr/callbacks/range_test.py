@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_autolr.core.range_rules import RangeSuggestion, Rule
+from lightning_autolr.core.range_rules import RangeCurve, RangeSuggestion, Rule
 from lightning_autolr.core.requests import Probe
 from lightning_autolr.engine import compat
 from lightning_autolr.engine.checks import check_trainer, record_folder
@@ -26,7 +26,7 @@ from lightning_autolr.engine.probe import ProbeOptions, Prober
 from lightning_autolr.engine.ranks import decide
 from lightning_autolr.engine.steps import steps_per_batch
 from lightning_autolr.report.figures import range_test_figure
-from lightning_autolr.schedules import to_plain
+from lightning_autolr.schedules import from_plain, to_plain
 from lightning_autolr.search.range_test import RangeTest
 
 __all__ = ["RangeTestCallback"]
@@ -95,7 +95,7 @@ class RangeTestCallback(Callback):
         self.options = ProbeOptions(fork=fork, seed=seed)
         self.suggestions: dict[int, RangeSuggestion] = {}
         self._done: list[int] = []
-        self._loaded: list[int] = []
+        self._loaded: dict[str, Any] = {}
 
     @override
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -110,7 +110,10 @@ class RangeTestCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._done, self._loaded, self.suggestions = self._loaded, [], {}
+        loaded, self._loaded = self._loaded, {}
+        self._done = list(loaded.get("done", ()))
+        found = from_plain(loaded.get("suggestions", ()), (RangeSuggestion, RangeCurve))  # older checkpoints have none
+        self.suggestions = dict(found)
         self._folder = record_folder(trainer)
 
     @override
@@ -119,7 +122,6 @@ class RangeTestCallback(Callback):
             return
         now = trainer.current_epoch if self.unit == "epoch" else steps_made(trainer)
         if now in self.milestones and now not in self._done:
-            self._done.append(now)
             self._test(trainer, now)
 
     @override
@@ -128,11 +130,12 @@ class RangeTestCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"done": self._loaded or list(self._done)}
+        found = [[at, to_plain(suggestion)] for at, suggestion in self.suggestions.items()]
+        return self._loaded or {"done": list(self._done), "suggestions": found}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loaded = list(state_dict["done"])
+        self._loaded = state_dict
 
     def _test(self, trainer: Any, now: int) -> None:
         # Two that write would not know of each other's private steps.
@@ -146,15 +149,16 @@ class RangeTestCallback(Callback):
             prober.close()
             if lr is not running:
                 lr.close()
+        if self.apply and suggestion.lr is not None:
+            rescale_configured(trainer.optimizers, [c.scheduler for c in trainer.lr_scheduler_configs], suggestion.lr)
         self.suggestions[now] = suggestion
+        self._done.append(now)  # not before: one that was interrupted is made again
         found = "" if suggestion.lr is None else f"{suggestion.lr:.3g}. "
         rank_zero_info(f"RangeTestCallback at {self.unit} {now}: {found}{suggestion.reason}")
         self._write(trainer)
         if self.figures and trainer.is_global_zero and self._folder is not None:
             log = FigureLog(trainer.loggers, self._folder)
             log.log("range_test", partial(range_test_figure, suggestion), compat.logger_step(trainer))
-        if self.apply and suggestion.lr is not None:
-            rescale_configured(trainer.optimizers, [c.scheduler for c in trainer.lr_scheduler_configs], suggestion.lr)
         if self.stop:
             trainer.should_stop = True
 

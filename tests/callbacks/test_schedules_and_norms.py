@@ -15,7 +15,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LambdaCallback, ModelCheckpoint
 from torch.optim import lr_scheduler as sched
 from torch.utils.data import DataLoader
 
@@ -286,6 +286,45 @@ def test_a_range_test_beside_a_callback_that_sets_the_learning_rate(on_scheduler
 def test_a_range_test_says_no(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="Expected"):
         RangeTestCallback(**wrong)
+
+
+class Interrupted(Scheduled):
+    """Ends in the midst of its second range test."""
+
+    steps_left = 0  # of the class: no private step is taken back in it
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        Interrupted.steps_left -= 1
+        if Interrupted.steps_left == 0:
+            raise InterruptedError
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_an_interrupted_range_test_is_made_again_and_earlier_ones_are_kept(older: bool, tmp_path: Path) -> None:
+    def go(module: Tiny, ckpt_path: str | None = None, *more: Callback) -> RangeTestCallback:
+        test = RangeTestCallback(milestones=(0, 6), unit="step", num_steps=20, repeats=2, apply=True)
+        seed_everything(0, verbose=False)
+        fit = trainer(tmp_path, test, *more, max_steps=8, enable_checkpointing=False).fit
+        fit(module, Ordered(data()), DataLoader(data(), batch_size=24), ckpt_path=ckpt_path)
+        return test
+
+    expected = go(Scheduled())
+    Interrupted.steps_left = 2 * 20 + 6 + 5
+    path = tmp_path / "interrupted.ckpt"
+    with pytest.raises(InterruptedError):
+        go(Interrupted(), None, LambdaCallback(on_exception=lambda trainer, *_: trainer.save_checkpoint(path)))
+    checkpoint = torch.load(path, weights_only=True)
+    state = checkpoint["callbacks"]["RangeTestCallback"]
+    assert state["done"] == [0]
+    if older:
+        del state["suggestions"]
+        torch.save(checkpoint, path)
+    resumed = go(Scheduled(), str(path))
+    assert list(resumed.suggestions) == ([6] if older else [0, 6])
+    assert older or resumed.suggestions[0] == expected.suggestions[0]
+    written = json.loads((tmp_path / "autolr/range_test.json").read_text())
+    assert [found["at"] for found in written] == list(resumed.suggestions)
 
 
 class Crash(Callback):
