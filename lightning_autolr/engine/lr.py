@@ -45,9 +45,9 @@ class LearningRate:
         self._optimizers = list(optimizers)
         if not any(o.param_groups for o in optimizers):
             raise ValueError("Expected an optimizer, got none: `configure_optimizers` has to return one.")
-        if own := [type(o).__name__ for o in optimizers if any(g["lr"] is None for g in o.param_groups)]:
+        if own := [type(o).__name__ for o in optimizers if any(g.get("lr") is None for g in o.param_groups)]:
             raise ValueError(
-                f"Expected a learning rate in each parameter group, got None in {', '.join(own)}, which sets its own. Set "
+                f"Expected a learning rate in each parameter group, got none in {', '.join(own)}, which sets its own. Set "
                 "one (Adafactor of transformers: `relative_step=False, lr=1e-3`)."
             )
         configured = [[_number(g.get("initial_lr", g["lr"])) for g in o.param_groups] for o in self._optimizers]

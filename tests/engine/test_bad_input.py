@@ -56,12 +56,20 @@ def test_a_score_of_which_less_is_better() -> None:
         Search(Stages(), monitor="val/acc")
 
 
+class OtherName(torch.optim.Optimizer):
+    """Its groups have no "lr"."""
+
+    def step(self, closure: Any = None) -> Any:
+        raise AssertionError("no step is made")
+
+
 @pytest.mark.filterwarnings("ignore:.*this fit will run with no optimizer")
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
         (None, "Expected an optimizer, got none"),
-        ("own", "Expected a learning rate in each parameter group, got None in SGD"),
+        ("own", "Expected a learning rate in each parameter group, got none in SGD"),
+        ("other", "Expected a learning rate in each parameter group, got none in OtherName"),
     ],
 )
 def test_no_learning_rate(tmp_path: Path, optimizer: str | None, message: str) -> None:
@@ -69,6 +77,8 @@ def test_no_learning_rate(tmp_path: Path, optimizer: str | None, message: str) -
         def configure_optimizers(self) -> Any:
             if optimizer is None:
                 return None
+            if optimizer == "other":
+                return OtherName(self.parameters(), {"step_size": 0.1})
             sgd = torch.optim.SGD(self.parameters(), lr=0.1)
             sgd.param_groups[0]["lr"] = None
             return sgd
