@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -142,9 +143,10 @@ class RangeTestCallback(Callback):
         running = next((c.learning_rate for c in trainer.callbacks if isinstance(c, SearchCallback)), None)
         lr = running or LearningRate(trainer.optimizers)
         prober = Prober(trainer, lr, self.options)
+        search = replace(self.search, num_steps=10, repeats=1) if trainer.fast_dev_run else self.search
         try:
             with prober.session():
-                suggestion = decide(trainer.strategy, self._measure(prober))
+                suggestion = decide(trainer.strategy, self._measure(prober, search))
         finally:
             prober.close()
             if lr is not running:
@@ -162,8 +164,8 @@ class RangeTestCallback(Callback):
         if self.stop:
             trainer.should_stop = True
 
-    def _measure(self, prober: Prober) -> RangeSuggestion:
-        climbs, answer, number = self.search.measure(), None, 0
+    def _measure(self, prober: Prober, search: RangeTest) -> RangeSuggestion:
+        climbs, answer, number = search.measure(), None, 0
         while True:
             try:
                 request = climbs.send(answer)

@@ -289,6 +289,23 @@ def test_a_range_test_says_no(wrong: dict[str, Any]) -> None:
         RangeTestCallback(**wrong)
 
 
+def test_a_range_test_of_a_fast_dev_run_is_a_short_one(tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    class Counted(Tiny):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            steps.append(batch_idx)
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    test = RangeTestCallback()
+    run(Counted(), tmp_path, test, fast_dev_run=True)
+    assert list(test.suggestions) == [0]
+    assert len(steps) == 10 + 1
+
+
 class Interrupted(Scheduled):
     """Ends in the midst of its second range test."""
 
