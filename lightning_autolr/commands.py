@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 __all__ = ["compare", "inspect", "preview", "range_test", "refine", "replay"]
 
 
+# Options of the callback that made a run which its replay needs: the others are of the search.
+_REPLAYED = ("on_scheduler", "fork", "allow_untested", "figures")
+
+
 def compare(
     configs: list[str],
     seeds: int = 3,
@@ -159,17 +163,28 @@ def replay(run_dir: str, out: str | None = None, overrides: Sequence[str] = ()) 
     """
     schedule = _existing(Path(run_dir, "autolr", "schedule.json")).resolve()
     config = yaml.safe_load(_existing(Path(run_dir, "config.yaml")).read_text())
+    trainer, others, options = config["trainer"], [], {}
+    for callback in callbacks_of(config):
+        if issubclass(_imported(callback["class_path"]), SearchCallback):
+            options = {k: v for k, v in callback.get("init_args", {}).items() if k in _REPLAYED}
+        else:
+            others.append(callback)
     found = {
         "class_path": "lightning_autolr.ScheduleCallback",
         "init_args": {
+            **options,
             "schedule": {
                 "class_path": "lightning_autolr.schedules.Tabulated.from_file",
                 "init_args": {"path": str(schedule)},
-            }
+            },
+            # The run may have ended before the Trainer's own limits. These stay, since the module may ask for them.
+            "total_steps": Tabulated.from_file(schedule).length,
+            "count_search": True,
         },
     }
-    others = [c for c in callbacks_of(config) if not issubclass(_imported(c["class_path"]), SearchCallback)]
-    config["trainer"].update(callbacks=[found, *others], max_steps=Tabulated.from_file(schedule).length)
+    if trainer.get("max_time") is not None:  # it ended the run where the schedule ends, and may come earlier now
+        trainer.update(max_time=None, max_epochs=trainer.get("max_epochs") or -1)
+    trainer["callbacks"] = [found, *others]
     target = Path(out) if out else Path(run_dir, "replay")
     target.mkdir(parents=True, exist_ok=True)
     _fit(config, *writing_to(target), *overrides)

@@ -303,6 +303,80 @@ def test_a_found_schedule_is_replayed_to_the_same_metrics(tmp_path: Path, capsys
     assert "replayed" in capsys.readouterr().out
 
 
+REPLAYED = """
+import torch
+from lightning.pytorch import LightningModule
+from torch.utils.data import DataLoader, TensorDataset
+
+class Replayed(LightningModule):
+    def __init__(self, manual: bool = False):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)
+        self.automatic_optimization = not manual
+
+    def loss(self, batch):
+        return (self.b(self.a(batch[0]).tanh()).squeeze() - batch[0].prod(1)).square().mean()
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        if not self.automatic_optimization:
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.loss(batch))
+
+    def train_dataloader(self):
+        x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(x), batch_size=4, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(self.train_dataloader().dataset, batch_size=32)
+
+    def configure_optimizers(self):
+        optimizers = [torch.optim.SGD(layer.parameters(), 0.1) for layer in (self.a, self.b)]
+        if not self.automatic_optimization:
+            return optimizers
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        own = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, self.trainer.estimated_stepping_batches)
+        return [optimizer], [{"scheduler": own, "interval": "step"}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("manual", "options"),
+    [
+        (True, {"evaluate_on": "validation"}),  # Lightning counts the steps of both optimizers, a schedule counts batches
+        (False, {"on_scheduler": "multiply"}),
+        (False, {"on_scheduler": "multiply", "count_search": True}),  # ends before the Trainer's own limit
+    ],
+)
+def test_a_replay_has_the_options_and_the_length_of_the_run(
+    manual: bool, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "replayed_module.py").write_text(REPLAYED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "replayed_module", raising=False)
+    callback = {
+        "class_path": "lightning_autolr.FactorSearchCallback",
+        "init_args": {"every": 5, "figures": False, **options},
+    }
+    config = {
+        "seed_everything": 0,
+        "model": {"class_path": "replayed_module.Replayed", "init_args": {"manual": manual}},
+        "trainer": {"max_epochs": 2, "callbacks": [callback]},
+    }
+    Path("config.yaml").write_text(json.dumps(config))
+    found = fit("config.yaml", tmp_path / "run")
+    assert cli.main(["replay", "run", "--", *QUIET[:2]]) == 0
+    replayed = json.loads(Path("run/replay/result.json").read_text())
+    assert (replayed["metrics"], replayed["steps"]) == (found["metrics"], found["steps"])
+
+
 def test_a_schedule_is_refined_from_recorded_norms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--trainer.max_steps=30", "--trainer.callbacks+=GradNormCallback"]
     fit(CONFIGS / "digits/linear.yaml", tmp_path, *options)
