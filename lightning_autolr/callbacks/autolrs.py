@@ -41,7 +41,7 @@ class AutoLRSCallback(SearchCallback):
         objective: what scores a candidate: "validation", "holdout" (training batches held out from the probes), or "train":
             its own training losses, which with "early" are those of its second half. "published" forecasts them, and has
             "auto", too: training losses until a stage of ``tau_max`` steps was made, validation losses from then on, as the
-            authors' code does. None is "validation" as published; with "early" it is "train" for candidates of ten steps and
+            authors' code does; without validation batches it keeps to training losses. None is "validation" as published; with "early" it is "train" for candidates of ten steps and
             more, and "validation" for shorter ones: all in runs of less than 160 steps, the coarse ones in runs of 400 to 799.
         kappa: "published": weight of the standard deviation in the lower confidence bound, >= 0; the published value fills the
             space.
@@ -104,7 +104,7 @@ class AutoLRSCallback(SearchCallback):
             raise ValueError(f"Expected {', '.join(foreign)} only with method={other!r}, got {method=}.")
         signal = objective or ("validation" if method == "published" else "train")
         super().__init__(
-            objective="validation" if signal == "auto" else signal,
+            objective="train" if signal == "auto" else signal,  # "auto" takes validation losses where there are any
             ratchet=Ratchet(longest_stage=tau) if method == "early" and ratchet in (None, True) else ratchet or False,
             **options,
         )

@@ -51,6 +51,15 @@ def test_what_autolrs_asks_for(tmp_path: Path, options: dict[str, Any], objectiv
     assert looks == ({"validation"} if early else set())
 
 
+def test_auto_takes_validation_losses_where_there_are_any(tmp_path: Path) -> None:
+    for batches, expected in ((1.0, {"none", "validation"}), (0, {"none"})):
+        callback = AutoLRSCallback(
+            figures=False, tau=20, tau_max=20, min_lr=1e-3, max_lr=0.1, method="published", objective="auto"
+        )
+        fit_tiny(tmp_path, [callback], max_steps=80, limit_val_batches=batches)
+        assert {request.evaluate for request, _ in probes(callback)} == expected
+
+
 class Silent(Tiny):
     """Manual optimization that neither returns nor logs a loss."""
 
