@@ -350,7 +350,10 @@ class Replayed(LightningModule):
 @pytest.mark.parametrize(
     ("manual", "options"),
     [
-        (True, {"evaluate_on": "validation"}),  # Lightning counts the steps of both optimizers, a schedule counts batches
+        (
+            True,
+            {"evaluate_on": "validation"},
+        ),  # Lightning counts the steps of both optimizers, a schedule counts batches
         (False, {"on_scheduler": "multiply"}),
         (False, {"on_scheduler": "multiply", "count_search": True}),  # ends before the Trainer's own limit
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from typing import Any
@@ -18,6 +19,7 @@ from lightning_autolr.search.refined import OnlineRefined
 
 __all__ = ["GradNormCallback", "RefinedScheduleCallback"]
 
+_FILE = "grad_norms.json"
 _READ_EVERY = 100  # steps; each reading waits for the device
 
 
@@ -49,6 +51,8 @@ class GradNormCallback(Callback):
         self._meter = GradNorms(trainer, self.norm, self.clipped)
         self._folder = record_folder(trainer)
         self._step = trainer.global_step
+        if trainer.is_global_zero and self._folder is not None and not self.norms:
+            _set_aside(self._folder)
 
     @override
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -68,7 +72,7 @@ class GradNormCallback(Callback):
         self.norms += self._meter.read()
         if trainer.is_global_zero and self._folder is not None:
             os.makedirs(self._folder, exist_ok=True)
-            path = os.path.join(self._folder, "grad_norms.json")
+            path = os.path.join(self._folder, _FILE)
             with open(path, "w") as file:
                 json.dump({"norm": self.norm, "clipped": self.clipped, "norms": [repr(x) for x in self.norms]}, file)
             rank_zero_info(f"GradNormCallback: {len(self.norms)} {self.norm} norms in {path}.")
@@ -92,6 +96,19 @@ class GradNormCallback(Callback):
                 f"{self.norm!r} with clipped={self.clipped}: the record would mix two quantities."
             )
         self._loaded = list(state_dict["norms"])
+
+
+def _set_aside(folder: str) -> None:
+    """Move the norms of an earlier fit into a folder of their own, lest these ones are written over them.
+
+    A search moves all of its folder, before we are asked; what lies in it now may be of this fit.
+    """
+    old = os.path.join(folder, _FILE)
+    if os.path.exists(old):
+        aside = next(name for n in itertools.count(1) if not os.path.exists(name := f"{folder}-{n}"))
+        os.makedirs(aside)
+        os.rename(old, os.path.join(aside, _FILE))
+        rank_zero_info(f"GradNormCallback: the record of an earlier fit is now in {aside}.")
 
 
 class RefinedScheduleCallback(SearchCallback):

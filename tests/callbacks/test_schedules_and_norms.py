@@ -381,6 +381,30 @@ def test_a_second_fit_of_the_same_callbacks_begins_anew(tmp_path: Path) -> None:
     assert test.suggestions[0] is not first
 
 
+def test_norms_of_an_earlier_fit_are_set_aside(tmp_path: Path) -> None:
+    for steps in (4, 6):
+        run(Tiny(), tmp_path, GradNormCallback(), max_steps=steps)
+    run(Tiny(), tmp_path, GradNormCallback(), ScheduleCallback(Rex()), max_steps=8)
+    run(Tiny(), tmp_path, GradNormCallback(), ScheduleCallback(Rex()), max_steps=10)
+    files = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*/grad_norms.json")}
+    lengths = {folder: len(record["norms"]) for folder, record in files.items()}
+    assert lengths == {"autolr-1": 4, "autolr-2": 6, "autolr-3": 8, "autolr": 10}
+
+
+def test_norms_go_on_in_a_resumed_fit(tmp_path: Path) -> None:
+    run(Tiny(), tmp_path, GradNormCallback(), LambdaCallback(on_train_end=_save), max_steps=4)
+    seed_everything(0, verbose=False)
+    again = trainer(tmp_path, norms := GradNormCallback(), enable_checkpointing=False, max_steps=6)
+    loaders = DataLoader(data(), batch_size=8), DataLoader(data(), batch_size=24)
+    again.fit(Tiny(), *loaders, ckpt_path=str(tmp_path / "end.ckpt"))
+    assert len(norms.norms) == 6
+    assert not list(tmp_path.glob("autolr-*"))
+
+
+def _save(trainer: Any, module: Any) -> None:
+    trainer.save_checkpoint(Path(trainer.default_root_dir, "end.ckpt"))
+
+
 def test_a_range_test_applies_nothing_beside_a_callback_that_sets_the_learning_rate(tmp_path: Path) -> None:
     with pytest.raises(
         MisconfigurationException, match=r"beside `RangeTestCallback.apply=True.`, got .'ScheduleCallback'"
