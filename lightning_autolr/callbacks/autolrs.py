@@ -41,8 +41,9 @@ class AutoLRSCallback(SearchCallback):
         objective: what scores a candidate: "validation", "holdout" (training batches held out from the probes), or "train":
             its own training losses, which with "early" are those of its second half. "published" forecasts them, and has
             "auto", too: training losses until a stage of ``tau_max`` steps was made, validation losses from then on, as the
-            authors' code does; without validation batches it keeps to training losses. None is "validation" as published; with "early" it is "train" for candidates of ten steps and
-            more, and "validation" for shorter ones: all in runs of less than 160 steps, the coarse ones in runs of 400 to 799.
+            authors' code does; without validation batches it keeps to training losses. None is "validation" as published; with
+            "early" it is "train" for candidates of ten steps and more, and "validation" for shorter ones: all in runs of less
+            than 160 steps, the coarse ones in runs of 400 to 799.
         kappa: "published": weight of the standard deviation in the lower confidence bound, >= 0; the published value fills the
             space.
         estimator: "published": "bounded" forecasts, or the "reference" ones of the authors' code.

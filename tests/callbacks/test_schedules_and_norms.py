@@ -391,6 +391,7 @@ def test_norms_of_an_earlier_fit_are_set_aside(tmp_path: Path) -> None:
     assert lengths == {"autolr-1": 4, "autolr-2": 6, "autolr-3": 8, "autolr": 10}
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 def test_norms_go_on_in_a_resumed_fit(tmp_path: Path) -> None:
     run(Tiny(), tmp_path, GradNormCallback(), LambdaCallback(on_train_end=_save), max_steps=4)
     seed_everything(0, verbose=False)
