@@ -151,12 +151,16 @@ def _instead(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 _SINKS: dict[int, LogSink] = {}  # by the id of the module that logs to it; fits may run in several threads
-_LIGHTNING_S_LOG = LightningModule.log
+_ORIGINAL = {
+    "log": LightningModule.log
+}  # as it was when the first of them came: others may have put theirs in its place
 
 
 @contextmanager
 def _logging_to(module: LightningModule, sink: LogSink) -> Iterator[None]:
     """What reaches Lightning's own ``log`` goes into the sink, also when it comes by ``super().log``."""
+    if not _SINKS:
+        _ORIGINAL["log"] = LightningModule.log
     _SINKS[id(module)] = sink
     LightningModule.log = _log  # type: ignore[method-assign]
     try:
@@ -164,14 +168,14 @@ def _logging_to(module: LightningModule, sink: LogSink) -> Iterator[None]:
     finally:
         del _SINKS[id(module)]
         if not _SINKS:
-            LightningModule.log = _LIGHTNING_S_LOG  # type: ignore[method-assign]
+            LightningModule.log = _ORIGINAL["log"]  # type: ignore[method-assign]
 
 
 def _log(self: LightningModule, *args: Any, **kwargs: Any) -> None:
     if (sink := _SINKS.get(id(self))) is not None:
         sink(*args, **kwargs)
     else:
-        _LIGHTNING_S_LOG(self, *args, **kwargs)
+        _ORIGINAL["log"](self, *args, **kwargs)
 
 
 @contextmanager

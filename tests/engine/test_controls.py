@@ -67,7 +67,7 @@ def _without_log_capture(patch: Patch) -> None:
 
     def log(self: Any, *args: Any, **kwargs: Any) -> None:
         keep(self, *args, **kwargs)
-        quiet._LIGHTNING_S_LOG(self.module, *args, **kwargs)
+        quiet._ORIGINAL["log"](self.module, *args, **kwargs)
 
     patch.setattr(quiet.LogSink, "__call__", log)
 

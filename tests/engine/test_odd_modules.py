@@ -239,6 +239,21 @@ def test_only_real_steps_are_logged(kind: Any, monitor: str, tmp_path: Path) -> 
     assert {"my/norm" if kind is Prefixed else "norm", monitor} <= searched[0].keys()
 
 
+def test_somebody_elses_log_in_place_of_lightnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+    before = LightningModule.log
+
+    def patched(self: LightningModule, name: str, value: Any, **options: Any) -> None:
+        heard.append(name)
+        before(self, name, value, **options)
+
+    monkeypatch.setattr(LightningModule, "log", patched)
+    fit_tiny(tmp_path, [search := Search(Stages())], num_sanity_val_steps=0, val_check_interval=2)
+    assert LightningModule.log is patched
+    assert search.summary["eval_batches"] > 0
+    assert heard == ["val_loss"] * 6  # three real validations of two batches
+
+
 def test_a_patched_save_checkpoint_is_put_back(tmp_path: Path) -> None:
     saved: list[Any] = []
 
