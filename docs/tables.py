@@ -60,7 +60,7 @@ def summary() -> str:
         of, lr = re.fullmatch(r"(.+), tuned \((.+)\)", oracle).groups()  # type: ignore[union-attr]
         cells = [
             f"{mean[oracle]:.4f} ({'REX' if of == 'rex' else of}, {lr})",
-            *(f"{mean[arm]:.4f}: {quality.difference(arms, arm, oracle)}" for arm in OURS),
+            *(f"{mean[arm]:.4f}: {quality.difference(arms, arm, oracle)}" if arm in arms else "-" for arm in OURS),
             *(f"{mean[rival]:.4f}" for rival in RIVALS),
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")

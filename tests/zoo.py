@@ -36,9 +36,10 @@ class Quadratic(Problem):
 
     curvature: tuple[float, ...] = (1.0,)
     optimum: float = 0.0
+    floor: float = 0.0
 
     def loss(self, w: Vector) -> float:
-        return float(0.5 * np.sum(np.asarray(self.curvature) * (w - self.optimum) ** 2))
+        return self.floor + float(0.5 * np.sum(np.asarray(self.curvature) * (w - self.optimum) ** 2))
 
     def gradient(self, w: Vector) -> Vector:
         return np.asarray(self.curvature) * (w - self.optimum)
@@ -52,7 +53,7 @@ class Quadratic(Problem):
         moment = (np.asarray(self.start) - self.optimum) ** 2
         for lr in lrs:
             moment = (1 - lr * h) ** 2 * moment + (lr * h * self.noise) ** 2
-        return float(0.5 * np.sum(h * moment))
+        return self.floor + float(0.5 * np.sum(h * moment))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class AutoLRSCallback(SearchCallback):
     """Finds the peak learning rate, anneals it slowly to zero, and takes back what did harm.
 
     ``method="early"``, the default, is :class:`~lightning_autolr.search.autolrs.AutoLRS`: one search before the first step
-    (about a twentieth of the training steps), then a warm-up, a slow anneal, and undo of stages that did harm.
+    (a twentieth of the training steps, or a hundredth), then a warm-up, a slow anneal, and undo of stages that did harm.
     ``method="published"`` is the paper's, :class:`~lightning_autolr.search.published.PublishedAutoLRS`: a search before every
     stage, at as many steps as are trained.
 
@@ -42,18 +42,18 @@ class AutoLRSCallback(SearchCallback):
             its own training losses, which with "early" are those of its second half. "published" forecasts them, and has
             "auto", too: training losses until a stage of ``tau_max`` steps was made, validation losses from then on, as the
             authors' code does; without validation batches it keeps to training losses. None is "validation" as published; with
-            "early" it is "train" for candidates of ten steps and more, and "validation" for shorter ones: all in runs of less
-            than 160 steps, the coarse ones in runs of 400 to 799.
+            "early" it is "train" for candidates of ten steps and more, and "validation" for shorter ones, as in runs of less
+            than 160 steps.
         kappa: "published": weight of the standard deviation in the lower confidence bound, >= 0; the published value fills the
             space.
         estimator: "published": "bounded" forecasts, or the "reference" ones of the authors' code.
         warmup_steps: "published": steps before the first stage that rise to ``warmup_lr``, not searched.
         warmup_lr: "published": learning rate at their end; None is ``max_lr``.
         method: "early" or "published".
-        search_budget: "early": search steps as a share of the run's, at most, in (0, 1); None is a twentieth, and more in short
-            runs.
+        search_budget: "early": search steps as a share of the run's, at most, in (0, 1); None is 1 % where short candidates
+            learn something, a twentieth where they do not, and more in short runs.
         caution: "early": what the best candidate's learning rate is divided by, > 0, since a run is longer than a probe; None
-            is 2, and 1/2 for a network that is trained already, as in fine-tuning.
+            is 2, more for short candidates, and 1/2 for a network that is trained already, as in fine-tuning.
         warmup_fraction: "early": share of the run that goes linearly up to the peak, in [0, 1).
         anneal_fraction: "early": share of the run at its end that goes to zero, in (0, 1].
         anneal: "early": shape of the anneal; None is REX.

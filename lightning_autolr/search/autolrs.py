@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any, Literal
 
 from lightning_autolr.core.requests import Probe, ProbeResult, Request, Requests, Run, Train, TrainResult
@@ -16,16 +17,18 @@ from lightning_autolr.search.ratchet import LOOK
 
 __all__ = ["AutoLRS", "Plan"]
 
-_SHORTEST_PROBE = 50  # below, candidates see little but the first plateau of the loss, and like too high a rate ...
+_ENOUGH = 50  # steps: below, candidates see little but the first plateau of the loss, and like too high a rate ...
 _SHORT_PROBE = 10  # ... but a short run has no more than this for one
 _COARSE_STEP = 10.0
+_LEAVES = 0.1  # of the first loss is gone: the network has left that plateau, and the candidate was long enough
 _BUDGET = 0.05
 _DRAW = LOOK + 1  # of all candidates
 _MOST_COARSE = 8
-_COARSE_PROBE = (10, 50)  # steps, in runs that are not short
+_COARSE_PROBE = 10  # steps at least, in runs that are not short
 _FEWEST = 2  # steps of a candidate that is scored by its training losses: the first one comes before any step
 _STEADY = 10  # steps of a candidate: below, the training losses of its second half are too few
 _OF_FRESH, _OF_TRAINED = 2.0, 0.5  # networks: what a peak that a short probe found best is divided by
+_SHORTER = 0.2  # exponent: the fewer steps a candidate has, and the less of the run it is, the higher the rate it likes
 _LEARNT = 0.5  # of the loss of permuted weights is gone: the network is trained
 _SHORT_RUN = 400  # steps: below, there is one ladder only, in factors of ten
 
@@ -62,16 +65,16 @@ class AutoLRS(AbstractSearch):
     1. **Search early.** Before the first step, candidates are trained privately on the same batches with their learning rate
        going linearly to zero, and scored by the training losses of the second half of their steps: that costs nothing, and
        is steadier than one validation at their end. Short, coarse ones find the order of magnitude: from the configured
-       learning rate on, in factors of ten. From a little below the best of them, few long ones climb in factors of ``step``
-       until the best is bracketed, then a Gaussian process refines it; it stops when no candidate is expected to gain more
-       than the scores' noise. The shorter a candidate, the higher the learning rate that it likes, so the budget goes to the
-       long ones.
+       learning rate on, in factors of ten. If a fresh network has learnt something in the best of them (a tenth of its first
+       loss is gone), they were long enough: one or two more between the best and its neighbours, and that is all. Else, from
+       a little below the best, few long ones climb in factors of ``step`` until the best is bracketed, then a Gaussian
+       process refines it; it stops when no candidate is expected to gain more than the scores' noise.
     2. **No later searches.** Short probes taken later only ever say "lower" (short-horizon bias, Wu et al. 2018, arXiv
        1803.02021). The peak is the best candidate's learning rate divided by ``caution``, since a run is longer than a probe:
-       halved for a fresh network, which a high rate helps off its first plateau, doubled for one that is trained already, as
-       in fine-tuning, of which short probes say "lower". It is trained when its first loss is less than half of that of the
-       same weights in another order. After a warm-up the learning rate goes to zero over the last ``anneal_fraction`` of the
-       run, by default along REX, which stays high for long.
+       at least halved for a fresh network, which a high rate helps off its first plateau, doubled for one that is trained
+       already, as in fine-tuning, of which short probes say "lower". It is trained when its first loss is less than half of
+       that of the same weights in another order. After a warm-up the learning rate goes to zero over the last
+       ``anneal_fraction`` of the run, by default along REX, which stays high for long.
 
     The callback puts a :class:`~lightning_autolr.search.ratchet.Ratchet` around it, which answers what no short probe can see:
     overfitting, and a peak that is too high for a long run.
@@ -84,22 +87,25 @@ class AutoLRS(AbstractSearch):
         num_candidates: candidates after the coarse ones, at most, >= 1.
         min_lr: lower bound; None is far below the configured learning rate.
         max_lr: upper bound; None is far above it.
-        search_budget: search steps as a share of the run's, at most, in (0, 1). None is about a twentieth, and more in runs of
-            less than 5,000 steps, since candidates shorter than 50 steps are misleading: usually 13 % of 1,000 (18 % at most),
-            20 % of 200, 26 % of 160.
-        coarse_steps: steps of one coarse candidate, >= 0; None is a 500th of the run, from 10 to 50, fewer in runs of less than
-            800 steps. In runs of less than 400 the long candidates are coarse ones, too: they begin at the configured learning
-            rate and climb in factors of ten. With 0 there are no coarse ones.
+        search_budget: search steps as a share of the run's, at most, in (0, 1). None is 1 % where the coarse candidates have
+            learnt something, about a twentieth where they have not, and more in runs of less than 5,000 steps: 4 and 19 %
+            of 1,000, 20 % of 200, 26 % of 160.
+        coarse_steps: steps of one coarse candidate, >= 0; None is a 500th of the run, 10 at least. In runs of less than 400 the
+            long candidates are coarse ones, too: they begin at the configured learning rate and climb in factors of ten. With
+            0 there are no coarse ones.
         probe_steps: steps of one of the others; None divides among them what is left of the budget.
-        step: ratio of their neighbours while the best is not bracketed, > 1; ten in runs of less than 400 steps.
-        caution: what the best candidate's learning rate is divided by, > 0. None is 2, and 1/2 for a network that is trained
-            already: one more private step finds out, where candidates have ten steps or more.
+        step: ratio of their neighbours while the best is not bracketed, > 1; ten in runs of less than 400 steps. Where coarse
+            ones are enough, others are tried between them until the best one's neighbours are within the square of it.
+        caution: what the best candidate's learning rate is divided by, > 0. None is 1/2 for a network that is trained already
+            (one more private step finds out, where candidates have ten steps or more). For a fresh one it is 2, times
+            (50 / steps)^0.2 for candidates of less than 50 steps (in runs of less than 1,250: of a 25th), times
+            (share / 0.01)^-0.2 for those of less than a hundredth of the run: 2.6 for ten steps of 1,000, 3.8 for ten of 5,000.
         warmup_fraction: share of the run that goes linearly up to the peak, in [0, 1).
         anneal_fraction: share of the run at its end that goes to zero, in (0, 1].
         anneal: shape of the end, open in its number of steps.
         evaluate: what scores a candidate: its own "train"ing losses, the "validation" batches, or training batches held out
-            from the probes ("holdout"). None is "train", and "validation" for candidates of less than ten steps: all of them in
-            runs of less than 160 steps, the coarse ones in runs of 400 to 799.
+            from the probes ("holdout"). None is "train", and "validation" for candidates of less than ten steps, as in runs of
+            less than 160.
         warmup: a search for the warm-up that goes first; the candidates then stay in the range that it found, and the
             warm-up of ``warmup_fraction`` is left out.
 
@@ -154,8 +160,7 @@ class AutoLRS(AbstractSearch):
         Plan(coarse_steps=16, probe_steps=67, max_probes=4)
         """
         length = self._length(total_steps)
-        shortest, longest = _COARSE_PROBE
-        coarse = min(longest, max(length // 500, min(shortest, length // 80)))
+        coarse = max(_COARSE_PROBE, length // 500)
         if self.coarse_steps is not None:
             coarse = self.coarse_steps
         elif self._is_short(length):
@@ -184,8 +189,12 @@ class AutoLRS(AbstractSearch):
         elif self._is_short(length):
             shortest = min(_SHORT_PROBE, length // 16)
         else:
-            shortest = min(_SHORTEST_PROBE, length // 40)
+            shortest = self._enough(length)
         return max(_FEWEST if self.evaluate == "train" else 1, share, shortest)
+
+    def _enough(self, length: int) -> int:
+        """Steps with which a candidate of a run of this length sees what it likes."""
+        return min(_ENOUGH, length // 25)
 
     def describe(self, run: Run) -> str:
         """The plan and its cost."""
@@ -204,9 +213,10 @@ class AutoLRS(AbstractSearch):
         )
         end = unknown if run.total_steps is None else known
         coarse = f"at most {_MOST_COARSE} candidates of {plan.coarse_steps} steps for its order of magnitude, then "
-        long = f"at most {plan.max_probes} {'longer ones' if plan.coarse_steps else 'candidates'} of {plan.probe_steps}"
+        long = f"at most {plan.max_probes} {'longer ones' if plan.coarse_steps else 'candidates'} of {plan.probe_steps} steps"
+        long += " if these learn nothing yet" if plan.coarse_steps else ""
         return (
-            f"the peak is looked for from lr {run.lr:.3g} on: {coarse if plan.coarse_steps else ''}{long} steps "
+            f"the peak is looked for from lr {run.lr:.3g} on: {coarse if plan.coarse_steps else ''}{long} "
             f"(in all at most {plan.search_steps} steps{share}); {end}."
         )
 
@@ -228,27 +238,31 @@ class AutoLRS(AbstractSearch):
         if (scored := self._scored(run)) != self:
             yield from scored.requests(run)
             return
-        plan = self.plan(run.total_steps)
-        short = self._ladder(run.lr, _COARSE_STEP, _MOST_COARSE)
+        plan, length = self.plan(run.total_steps), self._length(run.total_steps)
+        coarse = self._ladder(run.lr, _COARSE_STEP, _MOST_COARSE)
         if plan.coarse_steps:
-            yield from self._try(short, run.lr, plan.coarse_steps, _MOST_COARSE, "coarse")
-        start = short.best / self.step if short.results else run.lr  # longer candidates like lower rates: begin below
-        if self._is_short(self._length(run.total_steps)):
-            long = self._ladder(start, _COARSE_STEP, self.num_candidates)
+            yield from self._try(coarse, run.lr, plan.coarse_steps, _MOST_COARSE, "coarse")
+        permuted = yield from self._permuted(coarse, plan)
+        if _learns(coarse) and not _is_trained(coarse, permuted):
+            ladders, num_steps = [coarse], plan.coarse_steps
+            yield from self._close_in(coarse, num_steps)
         else:
-            long = self._ladder(start, self.step, self.num_candidates, short.limit, widen_after=3)
-        length = self._probe_steps(self._length(run.total_steps), len(short.results) * plan.coarse_steps)
-        yield from self._try(long, start, length, self.num_candidates, "candidate")
-        best, reason = long.choose(start)
-        caution, why, asked = yield from self._caution(long, length)
-        lr, limit = min(max(best / caution, self.min_lr or 0.0), self.max_lr or math.inf), long.limit
-        reason += f" {best:.3g}, divided by {caution:g} {why}."
+            start = coarse.best / self.step if coarse.results else run.lr  # longer candidates like lower rates
+            ladders = [coarse, self._longer_ladder(start, length, coarse.limit)]
+            num_steps = self._probe_steps(length, len(coarse.results) * plan.coarse_steps)
+            yield from self._try(ladders[1], start, num_steps, self.num_candidates, "candidate")
+            permuted = permuted or (yield from self._permuted(ladders[1], plan))
+        found = ladders[-1]
+        best, reason = found.choose(run.lr)
+        caution, why = self._caution(num_steps, length, _is_trained(found, permuted))
+        lr = min(max(best / caution, self.min_lr or 0.0), self.max_lr or math.inf)
+        reason += f" {best:.3g}, divided by {caution:.3g} {why}."
         if run.total_steps is None:
-            yield from self._open_ended(lr, reason, limit)
+            yield from self._open_ended(lr, reason, found.limit)
         else:
-            searched = short.num_steps + long.num_steps + asked if run.count_search else 0
-            left = max(1, run.total_steps - searched)
-            yield Train(lr, left, self._shape(left), stop_above=limit, reason=reason)
+            searched = sum(ladder.num_steps for ladder in ladders) + (permuted.num_steps if permuted else 0)
+            left = max(1, run.total_steps - (searched if run.count_search else 0))
+            yield Train(lr, left, self._shape(left), stop_above=found.limit, reason=reason)
 
     def _scored(self, run: Run) -> AutoLRS:
         """Without validation batches, short candidates too are scored by their training losses."""
@@ -263,6 +277,11 @@ class AutoLRS(AbstractSearch):
         high = self.max_lr if self.max_lr is not None else max(start, low) * reach
         return Ladder(low, high, step, limit, widen_after)
 
+    def _longer_ladder(self, start: float, length: int, limit: float | None) -> Ladder:
+        if self._is_short(length):
+            return self._ladder(start, _COARSE_STEP, self.num_candidates)
+        return self._ladder(start, self.step, self.num_candidates, limit, widen_after=3)
+
     def _try(
         self, ladder: Ladder, start: float, num_steps: int, most: int, kind: Literal["candidate", "coarse"]
     ) -> Requests:
@@ -271,39 +290,49 @@ class AutoLRS(AbstractSearch):
         lr: float | None = ladder.clip(start)
         note = ""
         while lr is not None and len(ladder.results) < most and ladder.low < ladder.high:
-            result: ProbeResult = yield Probe(
-                lr=lr,
-                num_steps=num_steps,
-                draw=_DRAW,
-                shape=Linear(),
-                evaluate=self.evaluate or ("train" if num_steps >= _STEADY else "validation"),
-                stop_above=ladder.limit,
-                label=f"{name} {len(ladder.results) + 1} of at most {most}, lr {lr:.2g}{note}",
-                kind=kind,
-            )
-            ladder.add(lr, result)
+            label = f"{name} {len(ladder.results) + 1} of at most {most}, lr {lr:.2g}{note}"
+            yield from self._probe(ladder, lr, num_steps, label, kind)
             lr = ladder.climb()
             if lr is None and kind == "candidate" and (suggestion := ladder.refine()) is not None:
                 lr, note = suggestion.lr, suggestion.reason and f" ({suggestion.reason})"
 
-    def _caution(self, ladder: Ladder, length: int) -> Generator[Request, Any, tuple[float, str, int]]:
-        """What the best candidate's learning rate is divided by, why, and the private steps that it took to know."""
+    def _close_in(self, ladder: Ladder, num_steps: int) -> Requests:
+        """Candidates between the best one and its neighbours."""
+        while (lr := ladder.between(self.step**2)) is not None:
+            yield from self._probe(ladder, lr, num_steps, f"coarse candidate between two others, lr {lr:.2g}", "coarse")
+
+    def _probe(
+        self, ladder: Ladder, lr: float, num_steps: int, label: str, kind: Literal["candidate", "coarse"]
+    ) -> Requests:
+        result: ProbeResult = yield Probe(
+            lr=lr,
+            num_steps=num_steps,
+            draw=_DRAW,
+            shape=Linear(),
+            evaluate=self.evaluate or ("train" if num_steps >= _STEADY else "validation"),
+            stop_above=ladder.limit,
+            label=label,
+            kind=kind,
+        )
+        ladder.add(lr, result)
+
+    def _permuted(self, ladder: Ladder, plan: Plan) -> Generator[Request, Any, ProbeResult | None]:
+        """One step from permuted weights, which shows whether the network is trained; None where nobody wants to know."""
+        if self.caution is not None or not (ladder.results and plan.asks):
+            return None
+        permuted: ProbeResult = yield Probe(
+            lr=ladder.best, num_steps=1, draw=_DRAW, evaluate="none", permuted=True, label="check for trained weights"
+        )
+        return permuted
+
+    def _caution(self, num_steps: int, length: int, trained: bool) -> tuple[float, str]:
+        """What the learning rate of the best candidate is divided by, and why."""
         if self.caution is not None:
-            return self.caution, "as configured", 0
-        steps = 0
-        if ladder.results and length >= _STEADY:
-            permuted: ProbeResult = yield Probe(
-                lr=ladder.best,
-                num_steps=1,
-                draw=_DRAW,
-                evaluate="none",
-                permuted=True,
-                label="check for trained weights",
-            )
-            steps = permuted.num_steps
-            if _is_trained(ladder.results.values(), permuted):
-                return _OF_TRAINED, "since short probes of a trained network like too low a rate", steps
-        return _OF_FRESH, "since a run is longer than a probe", steps
+            return self.caution, "as configured"
+        if trained:
+            return _OF_TRAINED, "since short probes of a trained network like too low a rate"
+        lacks = max(1.0, self._enough(length) / num_steps) * max(1.0, 0.01 * length / num_steps)
+        return _OF_FRESH * lacks**_SHORTER, "since a run is longer than a probe"
 
     def _open_ended(self, peak: float, reason: str, limit: float | None) -> Requests:
         """Hold until somebody knows where the end is, then anneal over what is left."""
@@ -332,10 +361,18 @@ class AutoLRS(AbstractSearch):
         )
 
 
-def _is_trained(candidates: Iterable[ProbeResult], permuted: ProbeResult) -> bool:
+def _learns(ladder: Ladder) -> bool:
+    """Whether the network leaves, in the best candidate, the plateau that it begins on."""
+    losses = ladder.results[ladder.best].losses if ladder.results else ()
+    return len(losses) > 1 and losses[0] - fmean(losses[len(losses) // 2 :]) > _LEAVES * abs(losses[0])
+
+
+def _is_trained(ladder: Ladder, permuted: ProbeResult | None) -> bool:
     """Whether the loss before the first step is far below that of permuted weights on the same batch.
 
     Weights that nothing is known of, or whose order breaks the network, are taken for fresh ones: there the rate is lower.
     """
-    first, other = (next((r.losses[0] for r in results if r.losses), math.nan) for results in (candidates, (permuted,)))
+    if permuted is None or not permuted.losses:
+        return False
+    first, other = next((r.losses[0] for r in ladder.results.values() if r.losses), math.nan), permuted.losses[0]
     return math.isfinite(other) and other - first > _LEARNT * abs(other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -66,6 +67,15 @@ class Ladder:
         down = self.clip(best / step)
         goes_down = best == lrs[0] and (len(lrs) == 1 or not self._is_no_worse(lrs[1]))
         return down if goes_down and down < best else None
+
+    def between(self, gap: float) -> float | None:
+        """The middle of the wider gap beside the best candidate, the upper one if they are alike; None when both its
+        neighbours are within ``gap``."""
+        lrs = sorted(self.results)
+        i = lrs.index(self.best)
+        beside = reversed(list(itertools.pairwise(lrs[max(0, i - 1) : i + 2])))
+        low, high = max(beside, key=lambda pair: round(pair[1] / pair[0], 6), default=(1.0, 1.0))
+        return math.sqrt(low * high) if high > gap * low else None
 
     def refine(self) -> Suggestion | None:
         """A candidate in the bracket that is expected to gain more than the noise, or None."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import matplotlib
@@ -106,13 +107,17 @@ def test_what_fits_a_trace(search: Any, names: set[str]) -> None:
     assert set(drawings_of(*recorded(search, off_centre(), 40))) == names
 
 
-def test_a_coarse_search_has_its_own_names() -> None:
-    trace, segments = recorded(AutoLRS(), off_centre(), 400, lr=0.01)
+def test_a_coarse_search_has_its_own_names_where_another_comes_after_it() -> None:
+    trace, segments = recorded(AutoLRS(), replace(off_centre(), floor=1000.0), 400, lr=0.01)
     names = set(drawings_of(trace, segments))
     assert names == {"schedule", "coarse_candidates_000", "coarse_probes_000", "candidates_001", "probes_001"}
     coarse, fine = searches_of(trace, segments)
     assert (coarse.train, fine.train) == (None, trace[-1].request)
     assert {c.steps for c in coarse.candidates} != {c.steps for c in fine.candidates}
+    trace, segments = recorded(AutoLRS(), off_centre(), 400, lr=0.01)
+    assert set(drawings_of(trace, segments)) == {"schedule", "candidates_000", "probes_000"}
+    (only,) = searches_of(trace, segments)
+    assert len(only.candidates) == sum(isinstance(e.request, Probe) and e.request.kind == "coarse" for e in trace)
 
 
 def test_each_search_among_candidates_has_two() -> None:

@@ -175,7 +175,7 @@ def test_range_test_says_again_what_it_said(rule: Rule) -> None:
 @pytest.mark.parametrize(
     ("search", "figures"),
     [
-        (AutoLRS(), {"schedule", "coarse_candidates", "coarse_probes", "candidates", "probes"}),
+        (AutoLRS(), {"schedule", "candidates", "probes"}),
         (published.PublishedAutoLRS(1e-2, 0.3, tau=400, num_candidates=2), {"schedule", "candidates", "probes"}),
         (AutoWU(1e-3, num_tests=1, patience=1), {"schedule", "autowu"}),
         (BeamSearch(interval=40), {"schedule", "beam"}),

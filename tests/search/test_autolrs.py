@@ -51,8 +51,13 @@ def test_a_bad_start_is_climbed_out_of() -> None:
         assert 0.3 < 2 * segments(run)[0].lr < 3.0, start
 
 
+def hardly_learning() -> Quadratic:
+    """Most of its loss cannot be got rid of, so no candidate leaves what looks like a plateau."""
+    return replace(noisy_quadratic(), floor=100.0)
+
+
 def test_all_candidates_share_batches_and_length() -> None:
-    run = run_toy(guarded(), noisy_quadratic(), total_steps=2000)
+    run = run_toy(guarded(), hardly_learning(), total_steps=2000)
     tried = [q for q, _ in probes(run)]
     plan = AutoLRS().plan(2000)
     coarse = [q for q in tried if q.num_steps == plan.coarse_steps]
@@ -62,6 +67,39 @@ def test_all_candidates_share_batches_and_length() -> None:
         assert len({(q.draw, q.offset, q.num_steps, q.shape, q.start) for q in same}) == 1
         assert len({q.lr for q in same}) == len(same) > 2
     assert {q.draw for q in coarse} == {q.draw for q in fine}
+
+
+@pytest.mark.parametrize("total", [400, 2000, 20_000])
+def test_where_short_candidates_learn_no_long_ones_are_made(total: int) -> None:
+    run = run_toy(guarded(), noisy_quadratic(), total_steps=total, lr=1e-3)
+    tried = [q for q, _ in probes(run)]
+    assert {(q.num_steps, q.kind) for q in tried} == {(AutoLRS().plan(total).coarse_steps, "coarse")}
+    best = min(probes(run), key=lambda pair: pair[1].loss)[0].lr
+    beside = sorted(q.lr / best for q in tried if q.lr != best and 0.1 < q.lr / best < 10.0)
+    assert beside
+    assert all(1 / 6.25 <= ratio <= 6.25 for ratio in beside)
+
+
+def test_between() -> None:
+    ladder = Ladder(1e-9, 1e9, 10.0)
+    for lr, loss in ((0.1, 3.0), (1.0, 1.0), (10.0, math.inf)):
+        ladder.add(lr, ProbeResult((3.0,), (Evaluation(1, (loss,)),)))
+    assert ladder.between(6.0) == pytest.approx(math.sqrt(10))
+    ladder.add(math.sqrt(10), ProbeResult((3.0,), (Evaluation(1, (2.0,)),)))
+    assert ladder.between(6.0) == pytest.approx(math.sqrt(0.1))
+    ladder.add(math.sqrt(0.1), ProbeResult((3.0,), (Evaluation(1, (2.0,)),)))
+    assert ladder.between(6.0) is None
+    assert Ladder(1.0, 2.0, 10.0, results={1.0: ProbeResult((3.0,), (Evaluation(1, (2.0,)),))}).between(6.0) is None
+
+
+@pytest.mark.parametrize(
+    ("total", "learns", "divisor"),
+    [(200, True, 2.0), (1000, False, 2.0), (5000, False, 2.0), (1000, True, 2 * 4**0.2), (5000, True, 2 * 25**0.2)],
+)
+def test_the_shorter_a_candidate_the_lower_the_peak(total: int, learns: bool, divisor: float) -> None:
+    run = run_toy(AutoLRS(), noisy_quadratic() if learns else hardly_learning(), total_steps=total)
+    (only,) = segments(run)
+    assert f"divided by {divisor:.3g} since a run is longer" in only.reason
 
 
 def test_few_candidates_are_enough_from_far_off() -> None:
@@ -81,7 +119,7 @@ def test_a_fallback_of_the_surrogate_is_named(monkeypatch: pytest.MonkeyPatch) -
         return Suggestion(lr=0.3, reason="the fit failed")
 
     monkeypatch.setattr(ladder_module, "suggest", fails)
-    run = run_toy(AutoLRS(), noisy_quadratic(), total_steps=2000)
+    run = run_toy(AutoLRS(coarse_steps=0), noisy_quadratic(), total_steps=2000, lr=0.5)
     assert [q.lr for q, _ in probes(run) if "(the fit failed)" in q.label] == [0.3]
 
 
@@ -89,7 +127,7 @@ def test_short_runs_have_one_ladder_in_factors_of_ten() -> None:
     assert AutoLRS().plan(399) == Plan(0, 10, 4)
     assert AutoLRS().plan(160).probe_steps == 10
     assert AutoLRS().plan(60).probe_steps == 3
-    assert AutoLRS().plan(400) == Plan(5, 10, 4)
+    assert AutoLRS().plan(400) == Plan(10, 16, 4)
     assert AutoLRS(coarse_steps=7).plan(200).coarse_steps == 7
     run = run_toy(AutoLRS(), noisy_quadratic(), total_steps=200, lr=1e-3)
     assert [q.lr for q, _ in probes(run)] == pytest.approx([1e-3, 1e-2, 1e-1, 1.0])
@@ -140,7 +178,8 @@ def test_the_plan_keeps_the_budget(total: int, candidates: int) -> None:
     plan = AutoLRS(num_candidates=candidates).plan(total)
     assert plan.probe_steps >= 1
     assert Ratchet().stage_steps(total) >= 1
-    share = (0.25 if total < 400 else 0.2 if total < 5000 else 0.06) if candidates <= 4 else 0.75
+    shares = (400, 0.25), (1250, 0.37), (5000, 0.23), (math.inf, 0.06)
+    share = next(share for below, share in shares if total < below) if candidates <= 4 else 0.85
     assert plan.search_steps <= share * total + candidates
 
 
@@ -339,8 +378,19 @@ def test_a_trained_network_wants_a_higher_peak_than_its_probes(
     first: float, permuted: tuple[float, ...], factor: float
 ) -> None:
     best, peak, asked = peak_of(AutoLRS(), first, ProbeResult(permuted))
+    assert {q.num_steps for q in asked} == {10, 50, 1}
     assert peak == pytest.approx(factor * best, rel=0.2)
     assert [(q.num_steps, q.draw) for q in asked if q.permuted] == [(1, asked[0].draw)]
+
+
+def test_a_trained_network_gets_long_candidates_even_where_it_learns() -> None:
+    requests = AutoLRS().requests(Run(total_steps=2000, lr=0.1))
+    request, asked = next(requests), []
+    while isinstance(request, Probe):
+        asked.append(request.num_steps)
+        losses = (5.0,) if request.permuted else (1.0, *(0.1 + abs(math.log(request.lr)),) * (request.num_steps - 1))
+        request = requests.send(ProbeResult(losses, (Evaluation.of_training(losses),)))
+    assert asked.count(50) > 2
 
 
 def test_whether_it_is_trained_is_not_asked_where_it_does_not_matter() -> None:

@@ -53,16 +53,17 @@ def searches_of(
     """
     found: list[Search] = []
     pending: list[tuple[Kind, list[Entry]]] = []
-    trained = 0
+    trained, before = 0, None
     for entry in trace:
         if pending and isinstance(entry.request, Probe) and entry.request.permuted:
             pending[-1][1].append(entry)  # a step of the search, which asks what the network has learnt: no candidate
             continue
         if not isinstance(entry.request, Train):
             kind = _kind(entry.request)
-            if not pending or pending[-1][0] != kind or not _is_comparable(entry.request, pending[-1][1][-1].request):
+            if not pending or pending[-1][0] != kind or not _is_comparable(entry.request, before):
                 pending.append((kind, []))
             pending[-1][1].append(entry)
+            before = entry.request
             continue
         found += _read(pending, found, step, entry.request)
         pending = []
@@ -93,7 +94,7 @@ def _kind(request: Probe | LineProbe) -> Kind:
     return "look" if request.kind == "look" or not request.num_steps else "candidates"
 
 
-def _is_comparable(request: Request, before: Request) -> bool:
+def _is_comparable(request: Request, before: Request | None) -> bool:
     """Whether their scores can be told against each other: candidates of one kind and length, or parts of them."""
     if not isinstance(request, Probe) or not isinstance(before, Probe) or _kind(request) != "candidates":
         return True

@@ -91,8 +91,10 @@ class Search:
 
     @property
     def is_coarse(self) -> bool:
-        """Whether its candidates are to find the order of magnitude only."""
-        return any(isinstance(entry.request, Probe) and entry.request.kind == "coarse" for entry in self.entries)
+        """Whether its candidates are to find the order of magnitude only, for others to find the learning rate."""
+        return self.train is None and any(
+            isinstance(entry.request, Probe) and entry.request.kind == "coarse" for entry in self.entries
+        )
 
     @property
     def evaluated_by(self) -> str:
