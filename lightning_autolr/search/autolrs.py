@@ -178,7 +178,7 @@ class AutoLRS(AbstractSearch):
     def _length(self, total_steps: int | None) -> int:
         return 10 * self.tau if total_steps is None else total_steps
 
-    def _probe_steps(self, length: int, used: int) -> int:
+    def _probe_steps(self, length: int, used: int, trained: bool = False) -> int:
         """Steps of a long candidate when short ones took ``used``."""
         if self.probe_steps is not None:
             return self.probe_steps
@@ -189,12 +189,12 @@ class AutoLRS(AbstractSearch):
         elif self._is_short(length):
             shortest = min(_SHORT_PROBE, length // 16)
         else:
-            shortest = self._enough(length)
+            shortest = self._enough(length, trained)
         return max(_FEWEST if self.evaluate == "train" else 1, share, shortest)
 
-    def _enough(self, length: int) -> int:
-        """Steps with which a candidate of a run of this length sees what it likes."""
-        return min(_ENOUGH, length // 25)
+    def _enough(self, length: int, trained: bool = False) -> int:
+        """Steps with which a candidate of a run of this length sees what it likes; a trained network is on no plateau."""
+        return min(_ENOUGH, length // (40 if trained else 25))
 
     def describe(self, run: Run) -> str:
         """The plan and its cost."""
@@ -243,13 +243,14 @@ class AutoLRS(AbstractSearch):
         if plan.coarse_steps:
             yield from self._try(coarse, run.lr, plan.coarse_steps, _MOST_COARSE, "coarse")
         permuted = yield from self._permuted(coarse, plan)
-        if _learns(coarse) and not _is_trained(coarse, permuted):
+        trained = _is_trained(coarse, permuted)
+        if _learns(coarse) and not trained:
             ladders, num_steps = [coarse], plan.coarse_steps
             yield from self._close_in(coarse, num_steps)
         else:
             start = coarse.best / self.step if coarse.results else run.lr  # longer candidates like lower rates
             ladders = [coarse, self._longer_ladder(start, length, coarse.limit)]
-            num_steps = self._probe_steps(length, len(coarse.results) * plan.coarse_steps)
+            num_steps = self._probe_steps(length, len(coarse.results) * plan.coarse_steps, trained)
             yield from self._try(ladders[1], start, num_steps, self.num_candidates, "candidate")
             permuted = permuted or (yield from self._permuted(ladders[1], plan))
         found = ladders[-1]
