@@ -151,9 +151,8 @@ def _instead(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 _SINKS: dict[int, LogSink] = {}  # by the id of the module that logs to it; fits may run in several threads
-_ORIGINAL = {
-    "log": LightningModule.log
-}  # as it was when the first of them came: others may have put theirs in its place
+# As it was when the first of them came: others may have put theirs in its place.
+_ORIGINAL = {"log": LightningModule.log}
 
 
 @contextmanager

@@ -298,8 +298,10 @@ class AutoLRS(AbstractSearch):
                 lr, note = suggestion.lr, suggestion.reason and f" ({suggestion.reason})"
 
     def _close_in(self, ladder: Ladder, num_steps: int) -> Requests:
-        """Candidates between the best one and its neighbours."""
-        while (lr := ladder.between(self.step**2)) is not None:
+        """Candidates between the best one and its neighbours, no more of them than there would be long ones."""
+        for _ in range(self.num_candidates):
+            if (lr := ladder.between(self.step**2)) is None:
+                return
             yield from self._probe(ladder, lr, num_steps, f"coarse candidate between two others, lr {lr:.2g}", "coarse")
 
     def _probe(

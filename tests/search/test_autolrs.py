@@ -80,6 +80,12 @@ def test_where_short_candidates_learn_no_long_ones_are_made(total: int) -> None:
     assert all(1 / 6.25 <= ratio <= 6.25 for ratio in beside)
 
 
+def test_however_close_they_shall_be_there_are_no_more_than_were_asked_for() -> None:
+    run = run_toy(AutoLRS(step=1.01, num_candidates=3), noisy_quadratic(), total_steps=2000, lr=1e-3)
+    assert sum("between" in q.label for q, _ in probes(run)) == 3
+    assert run.search_steps <= AutoLRS(step=1.01, num_candidates=3).plan(2000).search_steps
+
+
 def test_between() -> None:
     ladder = Ladder(1e-9, 1e9, 10.0)
     for lr, loss in ((0.1, 3.0), (1.0, 1.0), (10.0, math.inf)):
