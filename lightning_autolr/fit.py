@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 import lightning_autolr.callbacks
 import lightning_autolr.schedules
 import lightning_autolr.tasks  # noqa: F401
-from lightning_autolr.report.trace import account_of
+from lightning_autolr.core.record import account_of
 
 __all__ = ["AutoLRCLI", "resolve"]
 

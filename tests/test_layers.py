@@ -79,7 +79,7 @@ def test_the_check_can_fail(source: str, module: str) -> None:
     assert len(violations(source, module)) == 1
 
 
-@pytest.mark.parametrize("module", [*(f"{NAME}.{layer}" for layer in WITHOUT_LIGHTNING), f"{NAME}.report.trace", NAME])
+@pytest.mark.parametrize("module", [*(f"{NAME}.{layer}" for layer in WITHOUT_LIGHTNING), f"{NAME}.core.record", NAME])
 def test_imports_without_lightning(module: str) -> None:
     code = f"import sys, {module}; print([m for m in sys.modules if m.split('.')[0] in ('lightning', 'pytorch_lightning')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

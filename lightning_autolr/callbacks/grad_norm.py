@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from typing import Any
@@ -11,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_autolr.engine.checks import record_folder
+from lightning_autolr.engine.checks import keep_earlier, record_folder
 from lightning_autolr.engine.compat import remove_log_methods
 from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.engine.grad_norms import GradNorms, Norm
@@ -51,8 +50,8 @@ class GradNormCallback(Callback):
         self._meter = GradNorms(trainer, self.norm, self.clipped)
         self._folder = record_folder(trainer)
         self._step = trainer.global_step
-        if trainer.is_global_zero and self._folder is not None and not self.norms:
-            _set_aside(self._folder)
+        if not self.norms:
+            keep_earlier(trainer, self._folder, _FILE)
 
     @override
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -96,19 +95,6 @@ class GradNormCallback(Callback):
                 f"{self.norm!r} with clipped={self.clipped}: the record would mix two quantities."
             )
         self._loaded = list(state_dict["norms"])
-
-
-def _set_aside(folder: str) -> None:
-    """Move the norms of an earlier fit into a folder of their own, lest these ones are written over them.
-
-    A search moves all of its folder, before we are asked; what lies in it now may be of this fit.
-    """
-    old = os.path.join(folder, _FILE)
-    if os.path.exists(old):
-        aside = next(name for n in itertools.count(1) if not os.path.exists(name := f"{folder}-{n}"))
-        os.makedirs(aside)
-        os.rename(old, os.path.join(aside, _FILE))
-        rank_zero_info(f"GradNormCallback: the record of an earlier fit is now in {aside}.")
 
 
 class RefinedScheduleCallback(SearchCallback):

@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_autolr.core.range_rules import RangeCurve, RangeSuggestion, Rule
 from lightning_autolr.core.requests import Probe
 from lightning_autolr.engine import compat
-from lightning_autolr.engine.checks import check_trainer, record_folder
+from lightning_autolr.engine.checks import check_trainer, keep_earlier, record_folder
 from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.engine.figure_log import FigureLog
 from lightning_autolr.engine.files import Place
@@ -31,6 +31,8 @@ from lightning_autolr.schedules import from_plain, to_plain
 from lightning_autolr.search.range_test import RangeTest
 
 __all__ = ["RangeTestCallback"]
+
+_FILE = "range_test.json"
 
 
 class RangeTestCallback(Callback):
@@ -116,6 +118,8 @@ class RangeTestCallback(Callback):
         found = from_plain(loaded.get("suggestions", ()), (RangeSuggestion, RangeCurve))  # older checkpoints have none
         self.suggestions = dict(found)
         self._folder = record_folder(trainer)
+        if not self._done:
+            keep_earlier(trainer, self._folder, _FILE)
 
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -179,5 +183,5 @@ class RangeTestCallback(Callback):
         if trainer.is_global_zero and self._folder is not None:
             os.makedirs(self._folder, exist_ok=True)
             tests = [{"at": at, "unit": self.unit, "suggestion": to_plain(s)} for at, s in self.suggestions.items()]
-            with open(os.path.join(self._folder, "range_test.json"), "w") as file:
+            with open(os.path.join(self._folder, _FILE), "w") as file:
                 json.dump(tests, file, indent=1)

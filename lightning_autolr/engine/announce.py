@@ -8,11 +8,11 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_autolr.core.record import Record, account_of
 from lightning_autolr.core.requests import LineProbe, Probe, Request
 from lightning_autolr.engine import compat
 from lightning_autolr.engine.figure_log import FigureLog, log_account
 from lightning_autolr.engine.progress import Progress
-from lightning_autolr.report.trace import Record, account_of
 
 __all__ = ["Announcer"]
 

@@ -7,13 +7,16 @@ from collections.abc import Collection
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_autolr.core.record import set_aside
 from lightning_autolr.engine import compat
 
 __all__ = [
     "TESTED_STRATEGIES",
     "check_choice",
     "check_trainer",
+    "keep_earlier",
     "record_folder",
 ]
 
@@ -60,3 +63,9 @@ def record_folder(trainer: Any) -> str | None:
     """
     log_dir = trainer.log_dir
     return None if trainer.fast_dev_run or log_dir is None else os.path.join(log_dir, "autolr")
+
+
+def keep_earlier(trainer: Any, folder: str | None, name: str) -> None:
+    """Move a file of an earlier fit out of the way; ``folder`` is the :func:`record_folder`."""
+    if trainer.is_global_zero and folder is not None and (other := set_aside(folder, name)) is not None:
+        rank_zero_info(f"The {name} of an earlier fit is now in {other}.")

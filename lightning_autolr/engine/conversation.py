@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
-from lightning_autolr.core.requests import Answer, Probe, ProbeResult, Request, Requests, Run, Train
-from lightning_autolr.engine.probe import Cost
+from lightning_autolr.core.record import Cost, Entry, Record
+from lightning_autolr.core.requests import Answer, Probe, Request, Requests, Run, Train
 from lightning_autolr.engine.randomness import RandomState
 from lightning_autolr.engine.ranks import decide
-from lightning_autolr.report.trace import Entry, Record
 from lightning_autolr.search.base import AbstractSearch, ReplayError, advance, difference, replay
 
 __all__ = ["Conversation"]
@@ -76,7 +75,7 @@ class Conversation:
     def tell(self, request: Request, answer: Answer, global_step: int, seconds: float, fingerprint: str = "") -> None:
         """Write the answer down and give it to the search."""
         spent = self._cost.steps + self._cost.steps_undone
-        self._record.add(Entry(request, answer, global_step, spent, seconds, fingerprint))
+        self._record.add(Entry(request, answer, global_step, spent, seconds, fingerprint, self._cost.eval_batches))
         if self._requests is not None:
             random_state = RandomState(torch.device(self._strategy.root_device))
             self._request = advance(self._requests, answer)
@@ -97,9 +96,7 @@ class Conversation:
             if same_place and entry.request == request:
                 self._cost.steps = max(self._cost.steps, entry.search_steps - self._cost.steps_undone)
                 self._cost.seconds += entry.seconds
-                made_no_passes = isinstance(request, Probe) and request.evaluate == "train"
-                if isinstance(entry.answer, ProbeResult) and not made_no_passes:
-                    self._cost.eval_batches += sum(len(evaluation.losses) for evaluation in entry.answer.evaluations)
+                self._cost.eval_batches = max(self._cost.eval_batches, entry.eval_batches)
                 return entry.answer
         return None
 

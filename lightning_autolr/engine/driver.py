@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_autolr.core.losses import more_is_better
+from lightning_autolr.core.record import Cost, Entry, Record, summary_of
 from lightning_autolr.core.requests import Run
 from lightning_autolr.engine.checks import check_choice, check_trainer
 from lightning_autolr.engine.compat import remove_log_methods
@@ -21,9 +22,8 @@ from lightning_autolr.engine.figure_log import options_of
 from lightning_autolr.engine.files import Place
 from lightning_autolr.engine.live import LiveSearch
 from lightning_autolr.engine.lr import LearningRate, OnScheduler
-from lightning_autolr.engine.probe import Cost, ProbeOptions
+from lightning_autolr.engine.probe import ProbeOptions
 from lightning_autolr.engine.ranks import strategy_is_distributed
-from lightning_autolr.report.trace import Entry, Record, summary_of
 from lightning_autolr.schedules import Segment
 from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.ratchet import Ratchet

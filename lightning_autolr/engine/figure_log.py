@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_autolr.core.record import Entry
 from lightning_autolr.core.requests import Request, Train
 from lightning_autolr.report.figures import Drawing, drawings_of, drawings_of_search, save_figure
 from lightning_autolr.report.inspect import searches_of
-from lightning_autolr.report.trace import Entry
 from lightning_autolr.schedules import Segment
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_autolr.core.record import Record
 from lightning_autolr.core.requests import Answer, Probe, ProbeResult, Request
 from lightning_autolr.engine.probe import Prober
-from lightning_autolr.report.trace import Record
 
 __all__ = ["KeptStates"]
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_autolr.core.losses import first_not_finite, sudden
+from lightning_autolr.core.record import Entry, Record, read_leftover
 from lightning_autolr.core.requests import (
     Answer,
     LineProbe,
@@ -36,7 +37,6 @@ from lightning_autolr.engine.randomness import RandomState
 from lightning_autolr.engine.ranks import decide, gather, strategy_is_distributed
 from lightning_autolr.engine.segment import ActiveSegment
 from lightning_autolr.engine.steps import real_loss, steps_per_batch
-from lightning_autolr.report.trace import Entry, Record, read_leftover
 from lightning_autolr.schedules import to_plain
 from lightning_autolr.search.ratchet import Guarded
 

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lightning_autolr.core.record import Cost
 from lightning_autolr.core.requests import Evaluation, LineProbe, LineResult, Probe, ProbeResult, Status, diverged
 from lightning_autolr.engine.batch_norm import updated_statistics
 from lightning_autolr.engine.batches import Draws, in_parts, mix, validation_batches
@@ -64,16 +65,6 @@ class ProbeOptions:
 
 class _DivergedError(Exception):
     """The weights of a probe are broken: an answer, not an error."""
-
-
-@dataclass
-class Cost:
-    """What the search used up."""
-
-    steps: int = 0
-    eval_batches: int = 0
-    seconds: float = 0.0
-    steps_undone: int = 0
 
 
 class Prober:

@@ -15,10 +15,10 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lightning_autolr.core.record import read_trace
 from lightning_autolr.report.figures.axes import log_axis
 from lightning_autolr.report.figures.style import styled
 from lightning_autolr.report.inspect.searches import steps_of
-from lightning_autolr.report.trace import read_trace
 from lightning_autolr.schedules import Schedule
 
 __all__ = ["Course", "comparison_figure", "preview_figure", "read_course"]

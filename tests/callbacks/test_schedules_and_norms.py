@@ -391,6 +391,14 @@ def test_norms_of_an_earlier_fit_are_set_aside(tmp_path: Path) -> None:
     assert lengths == {"autolr-1": 4, "autolr-2": 6, "autolr-3": 8, "autolr": 10}
 
 
+def test_a_range_test_of_an_earlier_fit_is_set_aside(tmp_path: Path) -> None:
+    for num_steps in (20, 30):
+        run(Tiny(), tmp_path, RangeTestCallback(num_steps=num_steps, repeats=1, figures=False), max_steps=2)
+    files = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*/range_test.json")}
+    lengths = {folder: len(tests[0]["suggestion"]["curves"][0]["lrs"]) for folder, tests in files.items()}
+    assert lengths["autolr-1"] < lengths["autolr"]
+
+
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 def test_norms_go_on_in_a_resumed_fit(tmp_path: Path) -> None:
     run(Tiny(), tmp_path, GradNormCallback(), LambdaCallback(on_train_end=_save), max_steps=4)

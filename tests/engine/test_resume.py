@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 
 from lightning_autolr.callbacks.autolrs import AutoLRSCallback
 from lightning_autolr.callbacks.schedule import ScheduleCallback
-from lightning_autolr.core.requests import Probe, ProbeResult, Requests, Run, Train
-from lightning_autolr.report.trace import read_trace
+from lightning_autolr.core.record import read_trace
+from lightning_autolr.core.requests import LineProbe, Probe, ProbeResult, Requests, Run, Train
 from lightning_autolr.schedules import Cosine, Linear, Tabulated
 from lightning_autolr.search.base import AbstractSearch, ReplayError
 from tests.engine.stateful import StatefulLoader
@@ -181,7 +181,7 @@ def test_killed_in_a_search(
     assert differences(outcome, result(*again)) == []
     assert COUNTER.steps == total - 11 - 3 * finished  # no finished probe is made again
     assert [(e.request, e.answer) for e in resumed.trace] == [(e.request, e.answer) for e in callback.trace]
-    assert resumed.summary["search_steps"] == callback.summary["search_steps"]
+    assert all(resumed.summary[key] == callback.summary[key] for key in ("search_steps", "eval_batches"))
 
 
 def test_own_training_losses_cost_nothing_when_found_again(tmp_path: Path) -> None:
@@ -190,6 +190,27 @@ def test_own_training_losses_cost_nothing_when_found_again(tmp_path: Path) -> No
     resume(tmp_path, resumed)
     assert any(entry.answer.evaluations for entry in resumed.trace if isinstance(entry.answer, ProbeResult))
     assert resumed.summary["eval_batches"] == 0
+
+
+@dataclass(frozen=True)
+class Lines(AbstractSearch):
+    """A line probe before each stage."""
+
+    def requests(self, run: Run) -> Requests:
+        for stage in range(3):
+            for lr in (0.1, 0.05):
+                yield LineProbe(lr, (0.5, 1.0), draw=stage, evaluate_on="validation")
+            yield Train(0.05, 6, stage=stage)
+
+
+def test_evaluations_of_line_probes_are_counted_when_found_again(tmp_path: Path) -> None:
+    whole, resumed = Search(Lines()), Search(Lines())
+    run(tmp_path / "whole", whole)
+    run(tmp_path / "killed", Search(Lines()), kill_at=12)
+    left = read_trace(str(tmp_path / "killed" / "autolr" / "trace.jsonl"))
+    assert [type(entry.request) for entry in left[3:]] == [LineProbe]  # the first of the second search
+    resume(tmp_path / "killed", resumed)
+    assert resumed.summary["eval_batches"] == whole.summary["eval_batches"] > 0
 
 
 def test_killed_twice_in_one_search(whole: tuple[dict[str, Any], Search, int], tmp_path: Path) -> None:

@@ -28,9 +28,9 @@ from lightning_autolr import (
     FactorSearchCallback,
     ScheduleCallback,
 )
+from lightning_autolr.core.record import account_of
 from lightning_autolr.core.requests import Probe, Requests, Run, Status, Train, TrainResult
 from lightning_autolr.engine.driver import SearchCallback
-from lightning_autolr.report.trace import account_of
 from lightning_autolr.schedules import Tabulated
 from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.ratchet import Ratchet

@@ -24,13 +24,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from lightning_autolr.core.record import Entry
 from lightning_autolr.core.requests import LineProbe, LineResult, Probe, ProbeResult, Train, TrainResult
 from lightning_autolr.report import jobs
 from lightning_autolr.report.compare import Comparison, compare_configs, paired_interval, summarize
 from lightning_autolr.report.curves import Course, comparison_figure, read_course
 from lightning_autolr.report.jobs import FinishedRun, Job
 from lightning_autolr.report.page import write_page
-from lightning_autolr.report.trace import Entry
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COSTS = {"schedule_steps": 90.0, "search_steps": 10.0, "seconds": 4.0, "search_seconds": 1.0}

@@ -17,6 +17,7 @@ import pytest
 
 from lightning_autolr.core import surrogate
 from lightning_autolr.core.minimum import PastMinimum
+from lightning_autolr.core.record import Entry
 from lightning_autolr.core.requests import (
     LineProbe,
     LineResult,
@@ -44,7 +45,6 @@ from lightning_autolr.report.figures import (
 from lightning_autolr.report.figures import candidates as figure_of_candidates
 from lightning_autolr.report.figures.style import BLUE, GREEN, PURPLE, RED
 from lightning_autolr.report.inspect import Candidate, Search, pieces_of, range_suggestion, searches_of
-from lightning_autolr.report.trace import Entry
 from lightning_autolr.schedules import Linear, Segment
 from lightning_autolr.search import ladder
 from lightning_autolr.search.autolrs import AutoLRS

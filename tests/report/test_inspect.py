@@ -17,6 +17,7 @@ from rich.console import Console
 from lightning_autolr.commands import inspect
 from lightning_autolr.core.losses import paired
 from lightning_autolr.core.range_rules import RULES, RangeSuggestion, Rule
+from lightning_autolr.core.record import Entry
 from lightning_autolr.core.requests import LineProbe, Probe, ProbeResult, Request, Status, Train
 from lightning_autolr.core.surrogate import Observation, Suggestion
 from lightning_autolr.report.figures import drawings_of
@@ -27,7 +28,6 @@ from lightning_autolr.report.inspect import (
     range_suggestion,
     searches_of,
 )
-from lightning_autolr.report.trace import Entry
 from lightning_autolr.schedules import Segment, Tabulated, to_plain
 from lightning_autolr.search import published
 from lightning_autolr.search.autolrs import AutoLRS

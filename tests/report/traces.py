@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_autolr.core.record import Entry, Record
 from lightning_autolr.core.requests import Answer, Evaluation, Probe, ProbeResult, Request, Status, Train, TrainResult
-from lightning_autolr.report.trace import Entry, Record
 from lightning_autolr.schedules import Segment
 from lightning_autolr.search.base import AbstractSearch
 from tests.toy import run_toy

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_autolr.core.record import Entry
 from lightning_autolr.report.figures.autowu import autowu_figure, is_autowu
 from lightning_autolr.report.figures.beam import beam_figure
 from lightning_autolr.report.figures.candidates import candidates_figure
@@ -21,7 +22,6 @@ from lightning_autolr.report.figures.range_test import range_test_figure
 from lightning_autolr.report.figures.schedule import schedule_figure
 from lightning_autolr.report.inspect.reading import pieces_of, range_suggestion, searches_of
 from lightning_autolr.report.inspect.searches import Search
-from lightning_autolr.report.trace import Entry
 from lightning_autolr.schedules import Segment
 
 if TYPE_CHECKING:

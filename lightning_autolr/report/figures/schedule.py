@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_autolr.core.record import account_of
 from lightning_autolr.report.figures.axes import (
     MOST_POINTS,
     limit_losses,
@@ -27,7 +28,6 @@ from lightning_autolr.report.figures.style import (
     styled,
 )
 from lightning_autolr.report.inspect.searches import Piece, Search
-from lightning_autolr.report.trace import account_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_autolr.core.range_rules import RangeCurve, RangeSuggestion
+from lightning_autolr.core.record import Entry, read_trace
 from lightning_autolr.core.requests import Train, decode
 from lightning_autolr.report.inspect.reading import pieces_of, range_suggestion, searches_of
 from lightning_autolr.report.inspect.rows import rows_of, write_rows
 from lightning_autolr.report.inspect.searches import Piece, Search, steps_of
 from lightning_autolr.report.inspect.tables import account_table, range_table, trained_table, tried_table
-from lightning_autolr.report.trace import Entry, read_trace
 from lightning_autolr.schedules import Segment, Tabulated
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ import numpy as np
 
 from lightning_autolr.core.losses import paired
 from lightning_autolr.core.range_rules import RangeCurve, RangeSuggestion, suggest
+from lightning_autolr.core.record import Entry
 from lightning_autolr.core.requests import LineProbe, LineResult, Probe, ProbeResult, Request, Status, Train
 from lightning_autolr.report.inspect.searches import Candidate, Kind, Piece, Search
-from lightning_autolr.report.trace import Entry
 from lightning_autolr.schedules import Segment
 from lightning_autolr.search.published import forecast_of
 from lightning_autolr.search.range_test import RangeTest

@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 
 from lightning_autolr.core.forecast import Forecast
+from lightning_autolr.core.record import Entry
 from lightning_autolr.core.requests import Evaluation, Probe, ProbeResult, Status, Train, private_steps
-from lightning_autolr.report.trace import Entry
 from lightning_autolr.schedules import Segment
 
 __all__ = ["Candidate", "Kind", "Piece", "Search", "late_loss", "steps_of"]

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from lightning_autolr.core.range_rules import RangeSuggestion
+from lightning_autolr.core.record import account_of
 from lightning_autolr.core.requests import Status
 from lightning_autolr.report.inspect.searches import Candidate, Piece, Search, late_loss
-from lightning_autolr.report.trace import account_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,7 +21,7 @@ _JUMP = 1.5  # from one piece to the next: less is the same schedule going on
 
 
 def account_table(title: str, account: dict[str, Any], ended: bool) -> Table:
-    """Steps and seconds, see :func:`~lightning_autolr.report.trace.account_of`.
+    """Steps and seconds, see :func:`~lightning_autolr.core.record.account_of`.
 
     Args:
         title: of the table.

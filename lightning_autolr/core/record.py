@@ -16,9 +16,20 @@ from typing import Any
 from lightning_autolr.core.requests import Answer, Request, decode
 from lightning_autolr.schedules import Segment, Tabulated, to_plain
 
-__all__ = ["Entry", "Record", "account_of", "read_leftover", "read_trace", "summary_of"]
+__all__ = ["Cost", "Entry", "Record", "account_of", "read_leftover", "read_trace", "set_aside", "summary_of"]
 
 _LEFTOVER = "leftover.jsonl"
+_PLAIN = ("global_step", "search_steps", "seconds", "fingerprint", "eval_batches")
+
+
+@dataclass
+class Cost:
+    """What the search used up."""
+
+    steps: int = 0
+    eval_batches: int = 0
+    seconds: float = 0.0
+    steps_undone: int = 0
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,7 @@ class Entry:
         search_steps: private and undone steps of the whole run so far, this request included.
         seconds: how long it took.
         fingerprint: of the weights from which a probe started; empty for real training.
+        eval_batches: evaluation batches of the whole run so far, this request included; 0 in traces of earlier versions.
     """
 
     request: Request
@@ -40,9 +52,10 @@ class Entry:
     search_steps: int
     seconds: float
     fingerprint: str = ""
+    eval_batches: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        own = {k: getattr(self, k) for k in ("global_step", "search_steps", "seconds", "fingerprint")}
+        own = {k: getattr(self, k) for k in _PLAIN}
         return {"request": to_plain(self.request), "answer": to_plain(self.answer), **own}
 
     @classmethod
@@ -62,9 +75,8 @@ class Record:
         """Rename a folder with the record of an earlier fit, lest this one is written over it; returns the new name."""
         if self.folder is None or not os.path.exists(os.path.join(self.folder, "trace.jsonl")):
             return None
-        number = next(n for n in itertools.count(1) if not os.path.exists(f"{self.folder}-{n}"))
-        os.rename(self.folder, f"{self.folder}-{number}")
-        return f"{self.folder}-{number}"
+        os.rename(self.folder, other := _free_name(self.folder))
+        return other
 
     def add(self, entry: Entry) -> None:
         self.trace.append(entry)
@@ -138,6 +150,23 @@ class Record:
         return os.path.join(self.folder, name)
 
 
+def set_aside(folder: str, name: str) -> str | None:
+    """Move one file of an earlier fit into a folder of its own, lest this fit writes over it; returns that folder, if any.
+
+    A search moves all of its folder, see :meth:`Record.set_aside`, before others are asked; what lies in it then may be of
+    this fit.
+    """
+    if not os.path.exists(old := os.path.join(folder, name)):
+        return None
+    os.makedirs(other := _free_name(folder))
+    os.rename(old, os.path.join(other, name))
+    return other
+
+
+def _free_name(folder: str) -> str:
+    return next(name for n in itertools.count(1) if not os.path.exists(name := f"{folder}-{n}"))
+
+
 def read_trace(path: str) -> list[Entry]:
     """The entries of a ``trace.jsonl``; a last line that a crash cut short is left out."""
     entries = []
@@ -165,7 +194,7 @@ def _write(path: str, entries: Sequence[Entry]) -> None:
     os.replace(draft, path)
 
 
-def summary_of(segments: list[Segment], cost: Any) -> dict[str, Any]:
+def summary_of(segments: Sequence[Segment], cost: Cost) -> dict[str, Any]:
     """The account of a run: what was trained, what was tried, what it took."""
     kept = [s for s in segments if not s.undone]
     return {
