@@ -127,7 +127,7 @@ class AutoLRSCallback(SearchCallback):
                 warmup_fraction=warmup_fraction,
                 anneal_fraction=anneal_fraction,
                 anneal=Rex() if anneal is None else anneal,
-                evaluate=objective,
+                objective=objective,
                 warmup=None if warmup is None else AutoWU(min_lr=min_lr or 1e-5, max_lr=max_lr or 1.0, seed=seed),
             )
         else:

@@ -21,7 +21,7 @@ class BeamSearchCallback(SearchCallback):
         beam_size: states that are kept, M >= 1.
         factors: learning-rate factors that each state tries, one of them below 1.
         interval: optimizer steps of a round; None is one epoch, as published.
-        score: "running" training loss of the round as published, or the loss at its end on the "validation" batches or on
+        objective: "train"ing loss of the round as published, or the loss at its end on the "validation" batches or on
             training batches held out ("holdout").
         start_lrs: learning rates of the first round; None is the optimizer's own.
         min_lr: smallest learning rate.
@@ -39,20 +39,19 @@ class BeamSearchCallback(SearchCallback):
         beam_size: int = 2,
         factors: Sequence[float] = (2.0, 1.0, 0.5),
         interval: int | None = None,
-        score: Literal["running", "validation", "holdout"] = "running",
+        objective: Literal["train", "validation", "holdout"] = "train",
         start_lrs: Sequence[float] | None = None,
         min_lr: float = 1e-7,
         max_lr: float = 10.0,
         keep_ends: bool = False,
         **options: Any,
     ) -> None:
-        options.setdefault("objective", "train" if score == "running" else score)
-        super().__init__(**options)
+        super().__init__(objective=objective, **options)
         self.search = BeamSearch(
             beam_size=beam_size,
             factors=tuple(factors),
             interval=interval,
-            score=score,
+            objective=objective,
             start_lrs=None if start_lrs is None else tuple(start_lrs),
             min_lr=min_lr,
             max_lr=max_lr,

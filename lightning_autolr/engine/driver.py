@@ -107,9 +107,9 @@ class SearchCallback(Callback):
         self.figures = figures
         looks_at: Literal["holdout", "validation"] = "holdout" if objective == "holdout" else "validation"
         self.ratchet = Ratchet() if ratchet is True else ratchet or None
-        if self.ratchet is not None and self.ratchet.evaluate is None:
-            self.ratchet = replace(self.ratchet, evaluate=looks_at)
-        holds_out = objective == "holdout" or (self.ratchet is not None and self.ratchet.evaluate == "holdout")
+        if self.ratchet is not None and self.ratchet.objective is None:
+            self.ratchet = replace(self.ratchet, objective=looks_at)
+        holds_out = objective == "holdout" or (self.ratchet is not None and self.ratchet.objective == "holdout")
         self.probe_options = ProbeOptions(
             monitor=monitor,
             mode=mode,
@@ -142,7 +142,7 @@ class SearchCallback(Callback):
             return
         if self.searches:
             scored_by = self.objective if self.scores_candidates else None
-            looks_at = None if self.ratchet is None else self.ratchet.evaluate
+            looks_at = None if self.ratchet is None else self.ratchet.objective
             check_trainer(trainer, pl_module, {scored_by, looks_at}, self.allow_untested)
         if others := [type(c).__name__ for c in trainer.callbacks if isinstance(c, SearchCallback) and c is not self]:
             raise MisconfigurationException(

@@ -103,7 +103,7 @@ class AutoLRS(AbstractSearch):
         warmup_fraction: share of the run that goes linearly up to the peak, in [0, 1).
         anneal_fraction: share of the run at its end that goes to zero, in (0, 1].
         anneal: shape of the end, open in its number of steps.
-        evaluate: what scores a candidate: its own "train"ing losses, the "validation" batches, or training batches held out
+        objective: what scores a candidate: its own "train"ing losses, the "validation" batches, or training batches held out
             from the probes ("holdout"). None is "train", and "validation" for candidates of less than ten steps, as in runs of
             less than 160.
         warmup: a search for the warm-up that goes first; the candidates then stay in the range that it found, and the
@@ -125,7 +125,7 @@ class AutoLRS(AbstractSearch):
     warmup_fraction: float = 0.1
     anneal_fraction: float = 0.9
     anneal: Schedule = field(default=Rex())
-    evaluate: Literal["train", "validation", "holdout"] | None = None
+    objective: Literal["train", "validation", "holdout"] | None = None
     warmup: AutoWU | None = None
 
     def __post_init__(self) -> None:
@@ -141,8 +141,8 @@ class AutoLRS(AbstractSearch):
             raise ValueError(f"Expected 0 < search_budget < 1 or None, got {self.search_budget=}.")
         if self.probe_steps is not None and self.probe_steps < 1:
             raise ValueError(f"Expected probe_steps >= 1 or None, got {self.probe_steps=}.")
-        if self.evaluate == "train" and 1 in (self.probe_steps, self.coarse_steps):
-            raise ValueError(f"Expected candidates of {_FEWEST} steps or more with evaluate='train', got {self!r}.")
+        if self.objective == "train" and 1 in (self.probe_steps, self.coarse_steps):
+            raise ValueError(f"Expected candidates of {_FEWEST} steps or more with objective='train', got {self!r}.")
         if self.coarse_steps is not None and self.coarse_steps < 0:
             raise ValueError(f"Expected coarse_steps >= 0 or None, got {self.coarse_steps=}.")
         if not (0 <= self.warmup_fraction < 1 and 0 < self.anneal_fraction <= 1):
@@ -167,7 +167,7 @@ class AutoLRS(AbstractSearch):
             coarse = 0
         elif self.search_budget is not None:  # the long candidates get three quarters of it and more
             coarse = min(coarse, int(self.search_budget * length / (4 * _MOST_COARSE)))
-            if self.evaluate == "train" and coarse < _FEWEST:
+            if self.objective == "train" and coarse < _FEWEST:
                 coarse = 0
         return Plan(coarse, self._probe_steps(length, _MOST_COARSE * coarse), self.num_candidates)
 
@@ -190,7 +190,7 @@ class AutoLRS(AbstractSearch):
             shortest = min(_SHORT_PROBE, length // 16)
         else:
             shortest = self._enough(length, trained)
-        return max(_FEWEST if self.evaluate == "train" else 1, share, shortest)
+        return max(_FEWEST if self.objective == "train" else 1, share, shortest)
 
     def _enough(self, length: int, trained: bool = False) -> int:
         """Steps with which a candidate of a run of this length sees what it likes; a trained network is on no plateau."""
@@ -233,8 +233,8 @@ class AutoLRS(AbstractSearch):
             )
             yield from rest.requests(replace(run, total_steps=left, lr=warm.lr))
             return
-        if self.evaluate == "validation" and not run.has_validation:
-            raise ValueError("Expected validation batches, got none. Use evaluate='train' or 'holdout'.")
+        if self.objective == "validation" and not run.has_validation:
+            raise ValueError("Expected validation batches, got none. Use objective='train' or 'holdout'.")
         if (scored := self._scored(run)) != self:
             yield from scored.requests(run)
             return
@@ -267,7 +267,7 @@ class AutoLRS(AbstractSearch):
 
     def _scored(self, run: Run) -> AutoLRS:
         """Without validation batches, short candidates too are scored by their training losses."""
-        return self if self.evaluate or run.has_validation else replace(self, evaluate="train")
+        return self if self.objective or run.has_validation else replace(self, objective="train")
 
     def _ladder(
         self, start: float, step: float, most: int, limit: float | None = None, widen_after: int | None = None
@@ -312,7 +312,7 @@ class AutoLRS(AbstractSearch):
             num_steps=num_steps,
             draw=_DRAW,
             shape=Linear(),
-            evaluate=self.evaluate or ("train" if num_steps >= _STEADY else "validation"),
+            evaluate=self.objective or ("train" if num_steps >= _STEADY else "validation"),
             stop_above=ladder.limit,
             label=label,
             kind=kind,

@@ -49,7 +49,7 @@ class BeamSearch(AbstractSearch):
         beam_size: M >= 1.
         factors: r_1 ... r_N, distinct and > 0, one of them below 1.
         interval: optimizer steps in a round; None is one epoch, as published.
-        score: "running", the mean training loss of the interval, as published; or the loss at its end on the
+        objective: "train", the mean training loss of the interval, as published; or the loss at its end on the
             validation batches or on held-out training batches.
         start_lrs: learning rates of the first round, at most M; None is the optimizer's own.
         min_lr: smallest learning rate, > 0; children beyond the bounds are moved to them.
@@ -73,7 +73,7 @@ class BeamSearch(AbstractSearch):
     beam_size: int = 2
     factors: tuple[float, ...] = (2.0, 1.0, 0.5)
     interval: int | None = None
-    score: Literal["running", "validation", "holdout"] = "running"
+    objective: Literal["train", "validation", "holdout"] = "train"
     start_lrs: tuple[float, ...] | None = None
     min_lr: float = 1e-7
     max_lr: float = 10.0
@@ -91,15 +91,15 @@ class BeamSearch(AbstractSearch):
             0 < len(self.start_lrs) <= self.beam_size and all(self._within(lr) == lr for lr in self.start_lrs)
         ):
             raise ValueError(f"Expected 1 to {self.beam_size} start_lrs within the bounds, got {self.start_lrs=}.")
-        if self.score not in ("running", "validation", "holdout"):
-            raise ValueError(f"Expected score 'running', 'validation' or 'holdout', got {self.score=}.")
+        if self.objective not in ("train", "validation", "holdout"):
+            raise ValueError(f"Expected objective 'train', 'validation' or 'holdout', got {self.objective=}.")
         if self.interval is not None and self.interval < self._shortest:
-            raise ValueError(f"Expected interval >= {self._shortest} for {self.score=}, got {self.interval=}.")
+            raise ValueError(f"Expected interval >= {self._shortest} for {self.objective=}, got {self.interval=}.")
 
     @property
     def _shortest(self) -> int:
         """Steps of a round: the first training loss is the same for all children, as their steps come after it."""
-        return 2 if self.score == "running" else 1
+        return 2 if self.objective == "train" else 1
 
     def requests(self, run: Run) -> Requests:
         """Probe M x N children, train survivors again, train for real; until the run ends."""
@@ -108,12 +108,12 @@ class BeamSearch(AbstractSearch):
             raise ValueError("Expected an epoch of known length, got none. Give interval=<number of steps>.")
         if interval < self._shortest:
             raise ValueError(
-                f"Expected an epoch of {self._shortest} steps or more for {self.score=}, got {interval}. Give interval=<number "
-                "of steps>."
+                f"Expected an epoch of {self._shortest} steps or more for {self.objective=}, got {interval}. Give "
+                "interval=<number of steps>."
             )
-        if self.score == "validation" and not run.has_validation:
+        if self.objective == "validation" and not run.has_validation:
             raise ValueError(
-                "Expected validation batches for score='validation', got none. Use 'running' or 'holdout'."
+                "Expected validation batches for objective='validation', got none. Use 'train' or 'holdout'."
             )
         beam = [_State(None, self._within(lr)) for lr in self.start_lrs or (run.lr,)]
         left = math.inf if run.total_steps is None else run.total_steps
@@ -149,7 +149,7 @@ class BeamSearch(AbstractSearch):
                 release=kept.give_up({winner.parent.start, *(state.start for state in survivors)}),
                 stage=number,
                 label=f"beam search, round {number + 1}",
-                reason=f"lowest {self.score} loss {winner.score:.4g} of {len(candidates)} children",
+                reason=f"lowest {self.objective} loss {winner.score:.4g} of {len(candidates)} children",
             )
             kept.add(answer.start)
             left -= max(answer.num_steps, 1)
@@ -238,14 +238,14 @@ class _Round:
         self, child: _Child, keep_end: bool, needed: Collection[str | None], what: str
     ) -> Generator[Request, Any, _Child]:
         """Train one child privately and score it; ``needed`` are the states that must still be there afterwards."""
-        score = self.search.score
+        objective = self.search.objective
         answer: ProbeResult = yield Probe(
             lr=child.lr,
             num_steps=self.steps,
             draw=self.search.seed + self.number,
             start=child.parent.start,
             keep_end=keep_end,
-            evaluate="none" if score == "running" else score,
+            evaluate="none" if objective == "train" else objective,
             stage=self.number,
             label=f"beam search, round {self.number + 1}, {what} of {self.num_children}, lr {child.lr:.2g}",
             kind="beam",
@@ -253,7 +253,7 @@ class _Round:
         )
         self.kept.add(answer.end)
         self.steps_made += answer.num_steps
-        return replace(child, score=_mean(answer) if score == "running" else answer.loss, end=answer.end)
+        return replace(child, score=_mean(answer) if objective == "train" else answer.loss, end=answer.end)
 
 
 def _mean(answer: ProbeResult) -> float:

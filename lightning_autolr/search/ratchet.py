@@ -43,7 +43,7 @@ class Ratchet:
         longest_stage: steps between two looks, at most, and when nobody knows how long the run is; >= 1.
         patience: see above, >= 1.
         shrink: see above, > 1.
-        evaluate: what is looked at: "validation" batches, or training batches held out from probes ("holdout"); None is what
+        objective: what is looked at: "validation" batches, or training batches held out from probes ("holdout"); None is what
             the callback scores its candidates by, validation batches where there is nothing to say so.
 
     Raises:
@@ -54,7 +54,7 @@ class Ratchet:
     longest_stage: int = 1000
     patience: int = 5
     shrink: float = 2.0
-    evaluate: Literal["validation", "holdout"] | None = None
+    objective: Literal["validation", "holdout"] | None = None
 
     def __post_init__(self) -> None:
         if self.num_looks < 1 or self.longest_stage < 1 or self.patience < 1 or not self.shrink > 1:
@@ -62,8 +62,8 @@ class Ratchet:
                 f"Expected num_looks, longest_stage and patience >= 1 and shrink > 1, got {self.num_looks=}, "
                 f"{self.longest_stage=}, {self.patience=} and {self.shrink=}."
             )
-        if self.evaluate not in ("validation", "holdout", None):
-            raise ValueError(f"Expected evaluate to be 'validation', 'holdout' or None, got {self.evaluate!r}.")
+        if self.objective not in ("validation", "holdout", None):
+            raise ValueError(f"Expected objective to be 'validation', 'holdout' or None, got {self.objective!r}.")
 
     def stage_steps(self, total_steps: int | None) -> int:
         """Steps between two looks."""
@@ -84,8 +84,8 @@ class Guarded(AbstractSearch):
     ratchet: Ratchet = Ratchet()
 
     def requests(self, run: Run) -> Requests:
-        if self.ratchet.evaluate != "holdout" and not run.has_validation:
-            raise ValueError("Expected validation batches for the ratchet, got none. Use Ratchet(evaluate='holdout').")
+        if self.ratchet.objective != "holdout" and not run.has_validation:
+            raise ValueError("Expected validation batches for the ratchet, got none. Use Ratchet(objective='holdout').")
         watch, inner = _Watch(self.ratchet, run), self.search.requests(run)
         request = next(inner, None)
         while request is not None:
@@ -250,7 +250,7 @@ class _Watch:
         return self._goes_back
 
     def _look(self) -> Probe:
-        evaluate = self._ratchet.evaluate or "validation"
+        evaluate = self._ratchet.objective or "validation"
         return Probe(lr=1.0, num_steps=0, draw=LOOK, evaluate=evaluate, update_bn=True, label="ratchet", kind="look")
 
     def _kept_is_lower(self) -> Generator[Request, Any, bool]:

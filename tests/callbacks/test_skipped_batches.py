@@ -125,7 +125,7 @@ class SkipsAll(Tiny):
 @pytest.mark.parametrize(
     "make",
     [
-        partial(BeamSearchCallback, interval=10, score="holdout", eval_batches=4),
+        partial(BeamSearchCallback, interval=10, objective="holdout", eval_batches=4),
         partial(FactorSearchCallback, every=10),
         partial(FactorSearchCallback, every=10, evaluate_on="same"),
     ],

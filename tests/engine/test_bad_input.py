@@ -126,7 +126,7 @@ def test_no_validation(tmp_path: Path) -> None:
 
 def test_a_known_schedule_scores_no_candidates(tmp_path: Path) -> None:
     with_undo = Tabulated((Segment(2, 0.5, undone=True), Segment(4, 0.1, back_to=0)))
-    looks = Ratchet(evaluate="holdout")
+    looks = Ratchet(objective="holdout")
     for callback in (
         ScheduleCallback(with_undo),
         ScheduleCallback(Cosine(), ratchet=looks),

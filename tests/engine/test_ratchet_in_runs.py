@@ -81,7 +81,7 @@ NO_LOADER = pytest.mark.filterwarnings("ignore:You defined a `validation_step` b
 @pytest.mark.parametrize("objective", ["validation", "holdout"])
 def test_looks_at_batches_that_are_held_out(tmp_path: Path, objective: Any) -> None:
     callback = ScheduleCallback(
-        Constant(), objective=objective, ratchet=Ratchet(evaluate="holdout"), figures=False, eval_batches=1
+        Constant(), objective=objective, ratchet=Ratchet(objective="holdout"), figures=False, eval_batches=1
     )
     fit_tiny(tmp_path, [callback], max_steps=40, val=False if objective == "holdout" else None)
     assert callback.summary["undone_steps"] < 30
@@ -91,7 +91,7 @@ def test_looks_at_batches_that_are_held_out(tmp_path: Path, objective: Any) -> N
 @NO_LOADER
 def test_looks_at_what_the_objective_says(tmp_path: Path) -> None:
     callback = AutoLRSCallback(objective="holdout", ratchet=Ratchet(patience=3), eval_batches=1, figures=False)
-    assert callback.ratchet == Ratchet(patience=3, evaluate="holdout")
+    assert callback.ratchet == Ratchet(patience=3, objective="holdout")
     fit_tiny(tmp_path, [callback], max_steps=20, val=False)
 
 

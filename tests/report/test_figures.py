@@ -330,7 +330,7 @@ def test_probes_with_evaluations() -> None:
     [("train", "mean training loss, second half"), ("validation", "loss on the evaluation batches")],
 )
 def test_figures_say_what_scored_the_candidates(evaluate: Any, name: str) -> None:
-    trace, _ = recorded(AutoLRS(evaluate=evaluate, coarse_steps=0), off_centre(), 100, lr=0.01)
+    trace, _ = recorded(AutoLRS(objective=evaluate, coarse_steps=0), off_centre(), 100, lr=0.01)
     figure = probes_figure(candidates(trace))
     assert name in [text.get_text() for legend in figure.legends for text in legend.get_texts()]
     assert candidates_figure(candidates(trace)).axes[0].get_ylabel().replace("\n", " ") == name

@@ -287,7 +287,7 @@ def test_says_no(wrong: dict[str, float]) -> None:
 
 def test_needs_validation() -> None:
     with pytest.raises(ValueError, match="'train' or 'holdout'"):
-        next(AutoLRS(evaluate="validation").requests(Run(total_steps=10, has_validation=False)))
+        next(AutoLRS(objective="validation").requests(Run(total_steps=10, has_validation=False)))
 
 
 @pytest.mark.parametrize(
@@ -320,8 +320,8 @@ def test_the_plan_without_validation_is_the_one_that_is_made() -> None:
 
 def test_one_step_has_no_training_loss_to_score() -> None:
     for name in ("probe_steps", "coarse_steps"):
-        with pytest.raises(ValueError, match="Expected candidates of 2 steps or more with evaluate='train'"):
-            AutoLRS(evaluate="train", **{name: 1})
+        with pytest.raises(ValueError, match="Expected candidates of 2 steps or more with objective='train'"):
+            AutoLRS(objective="train", **{name: 1})
         assert AutoLRS(**{name: 1}).plan(1000)
 
 

@@ -29,7 +29,7 @@ from tests.toy import run_toy
 from tests.zoo import Cliff, Quadratic, noisy_quadratic
 
 QUADRATIC = Quadratic()  # half w squared, from w = 1
-GOLDEN = BeamSearch(beam_size=2, factors=(2, 1, 0.5), interval=1, score="validation", start_lrs=(0.1, 0.4))
+GOLDEN = BeamSearch(beam_size=2, factors=(2, 1, 0.5), interval=1, objective="validation", start_lrs=(0.1, 0.4))
 
 Trace = Iterable[tuple[Request, Answer]]
 
@@ -178,7 +178,7 @@ def test_all_children_of_a_round_see_the_same_batches() -> None:
 
 def test_it_beats_the_start_rate_and_can_go_up_and_down() -> None:
     problem = noisy_quadratic()
-    run = run_toy(BeamSearch(interval=10, score="validation", start_lrs=(0.01,)), problem, 300)
+    run = run_toy(BeamSearch(interval=10, objective="validation", start_lrs=(0.01,)), problem, 300)
     assert max(run.train_lrs) > 5 * run.train_lrs[0]  # up first
     assert run.train_lrs[-1] < 0.5 * max(run.train_lrs)  # and down in the end
     assert problem.loss(run.state) < problem.expected_loss([0.01] * 300)
@@ -288,9 +288,9 @@ def test_a_recorded_search_is_continued(keep_ends: bool) -> None:
         ({"min_lr": 1.0, "max_lr": 0.1}, "min_lr < max_lr"),
         ({"start_lrs": (0.1, 0.2, 0.3)}, "1 to 2 start_lrs"),
         ({"start_lrs": (20.0,)}, "within the bounds"),
-        ({"score": "loss"}, "score"),
+        ({"objective": "loss"}, "objective"),
         ({"interval": 1}, "interval >= 2"),
-        ({"interval": 0, "score": "validation"}, "interval >= 1"),
+        ({"interval": 0, "objective": "validation"}, "interval >= 1"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
@@ -300,4 +300,4 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 def test_validation_needs_validation_batches() -> None:
     with pytest.raises(ValueError, match="validation batches"):
-        next(BeamSearch(interval=5, score="validation").requests(Run(has_validation=False)))
+        next(BeamSearch(interval=5, objective="validation").requests(Run(has_validation=False)))
