@@ -45,6 +45,10 @@ class GradNormCallback(Callback):
         self._loaded: list[float] = []
 
     @override
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._loaded = []  # what a fit resumes is loaded after this
+
+    @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.norms, self._loaded = self._loaded, []
         self._meter = GradNorms(trainer, self.norm, self.clipped)

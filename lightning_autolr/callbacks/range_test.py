@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_autolr.core.range_rules import RangeCurve, RangeSuggestion, Rule
 from lightning_autolr.core.requests import Probe
 from lightning_autolr.engine import compat
+from lightning_autolr.engine.batches import unchanged
 from lightning_autolr.engine.checks import check_trainer, keep_earlier, record_folder
 from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.engine.figure_log import FigureLog
@@ -103,6 +104,7 @@ class RangeTestCallback(Callback):
     @override
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit":
+            self._loaded = {}  # what this fit resumes is loaded after this
             check_trainer(trainer, pl_module, (), self.allow_untested)
         searches = [type(c).__name__ for c in trainer.callbacks if isinstance(c, SearchCallback)]
         if self.apply and searches:
@@ -127,7 +129,8 @@ class RangeTestCallback(Callback):
             return
         now = trainer.current_epoch if self.unit == "epoch" else steps_made(trainer)
         if now in self.milestones and now not in self._done:
-            self._test(trainer, now)
+            with unchanged(batch):
+                self._test(trainer, now)
 
     @override
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:

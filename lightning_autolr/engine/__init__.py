@@ -26,6 +26,7 @@ Private steps:
 The training state:
 
 ``state``         capture it and put it back, in place
+``tallies``       what stays as it is when the run goes back
 ``randomness``    random number generators, also those that a user's data hold
 ``files``         where the captured bytes lie: device, pinned CPU, disk
 ``kept``          states to go back to, also after a resume

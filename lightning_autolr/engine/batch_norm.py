@@ -39,7 +39,10 @@ def updated_statistics(modules: Iterable[nn.Module], evaluate: Callable[[], Any]
             with ExitStack() as hooks:
                 for layer, statistics in collected.items():
                     hooks.callback(layer.register_forward_pre_hook(statistics.add).remove)
-                evaluate()
+                with torch.compiler.set_stance(
+                    "force_eager"
+                ):  # else compiled layers would be compiled anew for the hooks
+                    evaluate()
             for statistics in collected.values():
                 statistics.set()
             yield

@@ -22,6 +22,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_autolr.engine import compat
+from lightning_autolr.engine.files import same_bits
 from lightning_autolr.engine.loaders import CANNOT_COPY, SHARED, parts_of, parts_of_loader, private_loader
 from lightning_autolr.engine.randomness import RandomState, generators_of
 
@@ -78,7 +79,7 @@ def unchanged(batch: Any) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for tensor, content in zip(tensors, before, strict=True):
-                if not torch.equal(tensor, content):  # memory may be read-only: written only where need be
+                if not same_bits(tensor, content):  # memory may be read-only: written only where need be
                     tensor.copy_(content)
 
 

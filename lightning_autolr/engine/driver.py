@@ -140,6 +140,7 @@ class SearchCallback(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit":
             return
+        self._loaded = None  # of another fit, or of a test of a checkpoint; what this fit resumes is loaded after this
         if self.searches:
             scored_by = self.objective if self.scores_candidates else None
             looks_at = None if self.ratchet is None else self.ratchet.objective

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from lightning_autolr.engine.compat import foreach_copy_
 
-__all__ = ["DiskStore", "MemoryStore", "Place", "Store", "make_store"]
+__all__ = ["DiskStore", "MemoryStore", "Place", "Store", "make_store", "same_bits"]
 
 Place = Literal["device", "cpu", "disk"]
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
 class Store(ABC):
@@ -61,7 +63,7 @@ class MemoryStore(Store):
         _copy(self._buffers, tensors)
 
     def load(self, tensors: Sequence[Tensor]) -> None:
-        _copy(tensors, self._buffers)
+        _put_back(tensors, self._buffers)
 
     def clear(self) -> None:
         self._buffers = []
@@ -101,7 +103,7 @@ class DiskStore(Store):
         )
 
     def load(self, tensors: Sequence[Tensor]) -> None:
-        _copy(tensors, self._io.load_checkpoint(self._path)["tensors"])
+        _put_back(tensors, self._io.load_checkpoint(self._path)["tensors"])
 
     def clear(self) -> None:
         if self._folder is not None:
@@ -112,6 +114,25 @@ class DiskStore(Store):
 def make_store(place: Place, checkpoint_io: Any) -> Store:
     """The store for ``fork="device" | "cpu" | "disk"``."""
     return DiskStore(checkpoint_io) if place == "disk" else MemoryStore(on_cpu=place == "cpu")
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two dense tensors of one shape and dtype hold the same, NaN and the sign of zero included."""
+    bits = _BITS.get(a.element_size())
+    if bits is None or a.is_quantized:
+        return False
+    return torch.equal(a.detach().view(bits), b.detach().view(bits))
+
+
+def _put_back(targets: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+    """Into the CPU's memory only what has changed: some of it may be read-only, such as a mapped file."""
+    pairs = zip(targets, saved, strict=True)
+    changed = [(t, s) for t, s in pairs if not (_is_dense_on_cpu(t) and _is_dense_on_cpu(s) and same_bits(t, s))]
+    _copy([t for t, _ in changed], [s for _, s in changed])
+
+
+def _is_dense_on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.layout is torch.strided and not tensor.is_nested
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -28,6 +28,7 @@ from lightning_autolr.engine.randomness import Generator, RandomState, generator
 from lightning_autolr.engine.ranks import gather, mean_over_ranks
 from lightning_autolr.engine.state import Fork, take_gradients
 from lightning_autolr.engine.steps import index_in_epoch, private_step, steps_per_batch, to_device
+from lightning_autolr.engine.tallies import tallies_stay
 
 __all__ = ["ProbeOptions", "Prober"]
 
@@ -110,6 +111,8 @@ class Prober:
             self._at, self._sink, self._signals = "here", sink, signals
             try:
                 grads += take_gradients(self._module.parameters())
+                # Callbacks that take part have a state, too; schedulers may have come since.
+                self._here.roots = [*self._roots(), *map(vars, self._options.search_callbacks)]
                 self._here.capture()
                 yield self._here.fingerprint()
             finally:
@@ -157,13 +160,14 @@ class Prober:
         self._kept[new_id].capture()
 
     def resume_from(self, state: str) -> None:
-        """Make a kept state the state of the real run.
+        """Make a kept state the state of the real run; what the module has counted of the epoch stays.
 
         Entries of parameter groups that came since stay: whoever added them, such as the scheduler of a weight averaging,
         is not taken back, and reads them on.
         """
         before = [[dict(group) for group in optimizer.param_groups] for optimizer in self.trainer.optimizers]
-        self._known(state).restore()
+        with tallies_stay(self._module):
+            self._known(state).restore()
         for optimizer, groups in zip(self.trainer.optimizers, before, strict=True):
             for group, old in zip(optimizer.param_groups, groups, strict=False):  # there may be fewer now
                 group.update({key: value for key, value in old.items() if key not in group})
@@ -248,11 +252,14 @@ class Prober:
         return RandomState(self._strategy.root_device, self._held)
 
     def _new_fork(self) -> Fork:
+        return Fork(self._roots(), make_store(self._options.fork, self._strategy.checkpoint_io))
+
+    def _roots(self) -> list[object]:
         trainer = self.trainer
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         roots = [self._module, *trainer.optimizers, *schedulers, scaler, self.lr.memory]
-        return Fork(roots, make_store(self._options.fork, self._strategy.checkpoint_io))
+        return [root for root in roots if root is not None]
 
     def _known(self, state: str) -> Fork:
         if state not in self._kept:

@@ -37,7 +37,7 @@ from lightning_autolr.engine.compat import (
 from lightning_autolr.engine.files import Store
 from lightning_autolr.engine.randomness import GENERATORS, restore_of
 
-__all__ = ["Fork", "slots_of", "take_gradients"]
+__all__ = ["Fork", "is_record", "slots_of", "take_gradients"]
 
 # Not part of a training state: who owns the module, and the sink that stands in for `log` while a search is running.
 _LEFT_ALONE = OWNERS | {"log"}
@@ -52,12 +52,12 @@ class Fork:
     """One captured training state.
 
     Args:
-        roots: the modules, optimizers, schedulers and scalers to capture.
+        roots: the modules, optimizers, schedulers and scalers to capture; others may be set before a capture.
         store: where the copied tensors lie.
     """
 
     def __init__(self, roots: Iterable[object], store: Store) -> None:
-        self._roots = [root for root in roots if root is not None]
+        self.roots = list(roots)
         self._store = store
         self._tensors: list[Tensor] = []
         self._put_back: list[Callable[[], object]] = []
@@ -65,16 +65,16 @@ class Fork:
     @torch.no_grad()
     def capture(self) -> None:
         """Copy the present state, into the buffers of the last capture where they fit."""
-        reshard(self._roots)
+        reshard(self.roots)
         walk = _Walk()
-        walk.visit_roots(self._roots)
+        walk.visit_roots(self.roots)
         self._tensors, self._put_back = walk.tensors, walk.put_back
         self._store.save([_storage_view(t) for t in self._tensors])
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the captured objects and their contents back. May be called any number of times."""
-        reshard(self._roots)
+        reshard(self.roots)
         for put_back in self._put_back:
             put_back()
         self._store.load([_storage_view(t) for t in self._tensors])
@@ -133,7 +133,7 @@ class _Walk:
             self._visit_own_state(obj)
             if isinstance(obj, torch.jit.ScriptModule):  # its attributes are those of an object in C++
                 self._visit_all([*obj.parameters(), *obj.buffers()])
-        elif _is_record(obj):
+        elif is_record(obj):
             self._records.append(obj)
         elif (state := _opaque_state(obj)) is not None:
             self.put_back.append(state)
@@ -225,7 +225,7 @@ def slots_of(obj: Any) -> Iterator[tuple[str, MemberDescriptorType]]:
                     yield name, slot
 
 
-def _is_record(obj: Any) -> bool:
+def is_record(obj: Any) -> bool:
     """Whether an object is a plain one of a user's class, such as a meter or a moving average of the weights.
 
     Not one that is made on a class of somebody else, such as a dataset or a callback. And not one that holds an iterator, an

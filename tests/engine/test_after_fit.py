@@ -6,15 +6,16 @@ import copy
 import gc
 import pickle
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 
-from lightning_autolr import AutoLRSCallback, GradNormCallback
-from tests.engine.small import Stages, Tiny, fit_tiny
+from lightning_autolr import AutoLRSCallback, GradNormCallback, RangeTestCallback
+from tests.engine.small import Stages, Tiny, fit_tiny, loader
 from tests.engine.subjects import Search
 
 
@@ -85,3 +86,19 @@ def test_checkpoints_after_an_exception_have_the_state(tmp_path: Path) -> None:
     states = [torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["callbacks"] for name in ("crash", "later")]
     keys = [state["AutoLRSCallback"].keys() for state in states]
     assert keys[0] == keys[1] > {"trace", "kept"}
+
+
+@pytest.mark.parametrize("kind", [partial(Search, Stages()), GradNormCallback, RangeTestCallback])
+def test_a_fit_after_a_test_of_a_checkpoint_begins_anew(kind: Any, tmp_path: Path) -> None:
+    """Lightning loads the states of callbacks for `validate` and `test`, too."""
+    callback = kind()
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4)
+    trainer, module = fit_tiny(tmp_path, [callback, saver], enable_checkpointing=True)
+    before = copy.deepcopy(callback.state_dict())
+    trainer.validate(module, loader(12, False), ckpt_path=str(tmp_path / "step=4.ckpt"), verbose=False)
+    fit_tiny(tmp_path, [callback], train=loader(30))
+    after = callback.state_dict()
+    for name in ("trace", "segments", "norms", "suggestions"):
+        assert len(before.get(name, ())) == len(after.get(name, ()))
+    for name in ("trace", "norms", "suggestions"):
+        assert name not in before or before[name][0] != after[name][0]  # found on other batches

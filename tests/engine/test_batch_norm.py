@@ -27,10 +27,11 @@ class Looks(AbstractSearch):
     """After some training, the same weights are evaluated with and without new statistics."""
 
     train_steps: int = 3
+    anew: tuple[bool, ...] = (False, True, False)
 
     def requests(self, run: Run) -> Requests:
         yield Train(LR, self.train_steps)
-        for anew in (False, True, False):
+        for anew in self.anew:
             yield Probe(LR, 0, update_bn=anew)
         yield Train(LR, None)
 
@@ -145,3 +146,34 @@ def test_statistics_are_those_of_all_values(batches: list[tuple[int, ...]]) -> N
     assert layer.running_mean.tolist() == [0, 0, 0]
     assert layer.running_var.tolist() == [1, 1, 1]
     assert not layer._forward_pre_hooks
+
+
+@pytest.mark.parametrize("anew", [(True, False), (False, True)])
+def test_a_compiled_module_is_not_compiled_for_its_statistics(anew: tuple[bool, bool], tmp_path: Path) -> None:
+    """A hook with numbers of its own would be compiled anew for each batch, or not be seen by what is compiled already."""
+    graphs: list[Any] = []
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    class Compiled(Tiny):
+        def __init__(self, compiled: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.raw = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3))
+            vars(self)["net"] = torch.compile(self.raw, fullgraph=True, backend=keep) if compiled else self.raw
+
+        def loss(self, batch: Any) -> Tensor:
+            return cross_entropy(self.net(batch[0]), batch[1])
+
+    torch.compiler.reset()
+    losses = []
+    for compiled in (True, False):
+        search = Search(Looks(anew=anew))
+        val = loader(72, False)  # more batches than graphs are allowed
+        fit_tiny(tmp_path, [search], Compiled(compiled), val=val, num_sanity_val_steps=0)
+        losses.append([entry.answer.loss for entry in search.trace[1:3]])
+    assert len(graphs) == 2  # in training and in evaluation
+    assert losses[0] == pytest.approx(losses[1])
+    assert losses[0][0] != losses[0][1]

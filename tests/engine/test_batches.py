@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_autolr import RangeTestCallback
 from lightning_autolr.core.requests import Probe
 from lightning_autolr.engine import batches
 from lightning_autolr.engine.batches import own_batch, unchanged
@@ -102,6 +105,40 @@ def test_loader_that_uses_its_memory_again(tmp_path: Path) -> None:
     assert trained[:4] == trained[4:8] == trained[8:12]
     parts = [float(x.sum()) for batch, _ in Reused(12) for x in batch.split(2)]
     assert validated[: len(parts)] == pytest.approx(parts)
+
+
+@pytest.mark.parametrize("num_steps", [30, 33])  # after which another batch lies in that memory
+def test_a_range_test_leaves_the_real_batch_as_it_is(num_steps: int, tmp_path: Path) -> None:
+    seen = Seen()
+    fit_tiny(tmp_path, [RangeTestCallback(num_steps=num_steps, repeats=1, figures=False), seen], train=Reused())
+    real = [float(x.sum()) for x, _ in Reused()]
+    assert [float(x.sum()) for x in seen.batches] == [*real, *real[:2]]
+
+
+@pytest.mark.parametrize("callback", [Search(Stages()), None])
+def test_batches_on_memory_that_cannot_be_written(callback: Any, tmp_path: Path) -> None:
+    """A mapped file with NaN for what is missing; writing to it, even the same, would be a segmentation fault."""
+    values = NoisyData(24, jitter=False).x.numpy().copy()
+    values[0, 3] = np.nan
+    np.save(tmp_path / "x.npy", values)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+
+    class Missing(Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.from_numpy(mapped), persistent=False)
+            self.rows = torch.from_numpy(mapped)
+
+        def loss(self, batch: Any) -> Tensor:
+            return super().loss((batch[0].nan_to_num(), batch[1])) + 0 * self.rows[1].sum()
+
+    labels = NoisyData(24, jitter=False).y
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        train = [(torch.from_numpy(mapped[i : i + 6]), labels[i : i + 6]) for i in range(0, 24, 6)]
+        callbacks = [callback] if callback else []
+        _, module = fit_tiny(tmp_path, callbacks, Missing(), DataLoader(train, batch_size=None))
+    assert torch.equal(module.table[1], module.rows[1])
 
 
 @pytest.mark.parametrize("kind", [Pair, SlottedPair])

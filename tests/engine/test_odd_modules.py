@@ -239,6 +239,32 @@ def test_only_real_steps_are_logged(kind: Any, monitor: str, tmp_path: Path) -> 
     assert {"my/norm" if kind is Prefixed else "norm", monitor} <= searched[0].keys()
 
 
+class AdaptiveClipping(Callback):
+    """Clips to a moving average of the norms, which is a state of its own."""
+
+    def __init__(self) -> None:
+        self.mean: Tensor | None = None
+        self.calls = 0
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        grads = [p.grad for p in module.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        self.mean = norm if self.mean is None else 0.9 * self.mean + 0.1 * norm
+        self.calls += 1
+        for grad in grads:
+            grad.mul_(self.mean / norm)
+
+
+def test_the_state_of_callbacks_that_take_part_is_put_back(tmp_path: Path) -> None:
+    clips = AdaptiveClipping(), AdaptiveClipping()
+    search = Search(Stages(num_steps=2), search_callbacks=[clips[0]])
+    _, searched = fit_tiny(tmp_path, [search, clips[0]])
+    schedule = Tabulated.from_file(tmp_path / "autolr/schedule.json")
+    _, replayed = fit_tiny(tmp_path / "replay", [ScheduleCallback(schedule), clips[1]])
+    assert [clip.calls for clip in clips] == [6, 6]
+    assert torch.equal(searched.layer.weight, replayed.layer.weight)
+
+
 def test_somebody_elses_log_in_place_of_lightnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[str] = []
     before = LightningModule.log

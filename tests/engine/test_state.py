@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 from collections import OrderedDict, deque
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from lightning_autolr.engine import line, ranks
 from lightning_autolr.engine import state as state_module
 from lightning_autolr.engine.compat import float_of_sums
-from lightning_autolr.engine.files import DiskStore, MemoryStore, make_store
+from lightning_autolr.engine.files import DiskStore, MemoryStore, make_store, same_bits
 from lightning_autolr.engine.randomness import RandomState
 from lightning_autolr.engine.state import Fork, take_gradients
 
@@ -514,3 +515,13 @@ def test_arrays_that_nobody_writes_into_are_not_copied(tmp_path: Path) -> None:
     module.held["file"][0] = 1
     fork.restore()
     assert module.held["file"][0] == 1
+
+
+def test_same_bits() -> None:
+    a = torch.tensor([1.0, math.nan, 0.0])
+    assert same_bits(a, a.clone())
+    assert not same_bits(a, torch.tensor([1.0, math.nan, -0.0]))
+    for dtype in (torch.bool, torch.int64, torch.bfloat16, torch.complex64):
+        one, other = torch.zeros(3, 2, dtype=dtype).t(), torch.ones(3, 2, dtype=dtype).t()
+        assert same_bits(one, one.clone())
+        assert not same_bits(one, other)

@@ -249,7 +249,7 @@ def test_needs_something_to_look_at() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"shrink": 1.0}, {"patience": 0}, {"num_looks": 0}, {"longest_stage": 0}, {"evaluate": "none"}]
+    "wrong", [{"shrink": 1.0}, {"patience": 0}, {"num_looks": 0}, {"longest_stage": 0}, {"objective": "none"}]
 )
 def test_says_no(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="Expected"):
