@@ -26,7 +26,7 @@ from lightning_autolr.engine.length import steps_made
 from lightning_autolr.engine.lr import LearningRate, rescale_configured
 from lightning_autolr.engine.probe import ProbeOptions, Prober
 from lightning_autolr.engine.ranks import decide
-from lightning_autolr.engine.steps import steps_per_batch
+from lightning_autolr.engine.steps import batches_per_step
 from lightning_autolr.report.figures import range_test_figure
 from lightning_autolr.schedules import from_plain, to_plain
 from lightning_autolr.search.range_test import RangeTest
@@ -125,7 +125,7 @@ class RangeTestCallback(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx % steps_per_batch(trainer):
+        if batch_idx % batches_per_step(trainer):
             return
         now = trainer.current_epoch if self.unit == "epoch" else steps_made(trainer)
         if now in self.milestones and now not in self._done:

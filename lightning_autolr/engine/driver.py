@@ -50,7 +50,8 @@ class SearchCallback(Callback):
             Trainer.
         count_search: count search steps in ``total_steps``: the run then ends when search and training together have
             made that many. For comparisons at equal cost.
-        search_callbacks: callbacks of the Trainer that take part in private steps, since they change gradients.
+        search_callbacks: callbacks of the Trainer that take part in private steps, since they change gradients; their
+            attributes are put back.
         probe_dataloader: batches for probes, when the training loader cannot be read twice.
         allow_untested: run on strategies that we have not tested.
         ratchet: take back training that did harm, see :class:`~lightning_autolr.search.ratchet.Ratchet`.

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, Timer
 
 from lightning_autolr.core.requests import Run
-from lightning_autolr.engine.steps import steps_per_batch
+from lightning_autolr.engine.steps import batches_per_step
 
 __all__ = ["RunLength", "steps_made"]
 
@@ -51,7 +51,7 @@ class RunLength:
             total_steps=self.total,
             lr=lr,
             has_validation=bool(trainer.enable_validation),
-            steps_per_epoch=None if batches == math.inf else math.ceil(batches / steps_per_batch(trainer)),
+            steps_per_epoch=None if batches == math.inf else math.ceil(batches / batches_per_step(trainer)),
             count_search=self._count_search,
         )
 

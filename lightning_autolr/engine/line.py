@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_autolr.core.requests import LineProbe, LineResult, Probe
 from lightning_autolr.engine.compat import float_of_sums, foreach_add_, foreach_neg_, local_tensor
 from lightning_autolr.engine.ranks import gather, mean_over_ranks
-from lightning_autolr.engine.steps import steps_per_batch
+from lightning_autolr.engine.steps import batches_per_step
 
 if TYPE_CHECKING:
     from lightning_autolr.engine.probe import Prober
@@ -113,7 +113,7 @@ def _evaluation(prober: Prober, request: LineProbe) -> float:
         return math.fsum(losses) / len(losses)
     if not prober.trainer.lightning_module.automatic_optimization:
         raise ValueError("Expected `evaluate_on='validation'` under manual optimization, whose training step updates.")
-    count = steps_per_batch(prober.trainer)
+    count = batches_per_step(prober.trainer)
     step = request.horizon - (request.evaluate_on == "same")
     for later in range(step, step + _MOST_SKIPPED):  # a batch that is skipped says nothing: the next one that is not
         batches = prober.draws.training(request.draw, later * count, count)

@@ -36,7 +36,7 @@ from lightning_autolr.engine.probe import Prober
 from lightning_autolr.engine.randomness import RandomState
 from lightning_autolr.engine.ranks import decide, gather, strategy_is_distributed
 from lightning_autolr.engine.segment import ActiveSegment
-from lightning_autolr.engine.steps import real_loss, steps_per_batch
+from lightning_autolr.engine.steps import batches_per_step, real_loss
 from lightning_autolr.schedules import to_plain
 from lightning_autolr.search.ratchet import Guarded
 
@@ -169,7 +169,7 @@ class LiveSearch:
     def before_batch(self, batch: Any, batch_idx: int) -> None:
         """Search, if it is time to, and set the learning rate."""
         self._step_before = self.trainer.global_step
-        if batch_idx % steps_per_batch(self.trainer):
+        if batch_idx % batches_per_step(self.trainer):
             return
         if not self._is_warm:
             self._warm_up(batch)

@@ -27,7 +27,7 @@ from lightning_autolr.engine.quiet import LogSink, deferred_signals, quiet
 from lightning_autolr.engine.randomness import Generator, RandomState, generators_of
 from lightning_autolr.engine.ranks import gather, mean_over_ranks
 from lightning_autolr.engine.state import Fork, take_gradients
-from lightning_autolr.engine.steps import index_in_epoch, private_step, steps_per_batch, to_device
+from lightning_autolr.engine.steps import batches_per_step, index_in_epoch, private_step, to_device
 from lightning_autolr.engine.tallies import tallies_stay
 
 __all__ = ["ProbeOptions", "Prober"]
@@ -48,7 +48,7 @@ class ProbeOptions:
         holdout_batches: training batches held out of each draw (``objective="holdout"``).
         fork: where the copy of the training state lies.
         seed: seed of the draws and of the random numbers in probes.
-        search_callbacks: callbacks that take part in private steps, since they change gradients.
+        search_callbacks: callbacks that take part in private steps, since they change gradients; their attributes are put back.
         probe_dataloader: batches for probes, when the training loader cannot be read twice.
         cache_bytes: memory for a draw's batches.
     """
@@ -141,7 +141,7 @@ class Prober:
     def note(self, request: Probe | LineProbe) -> None:
         """Remember which batches an answered request used up; for those that are not answered here, too."""
         steps = request.offset + request.num_steps if isinstance(request, Probe) else request.horizon + 1
-        self.draws.note(request.draw, steps * steps_per_batch(self.trainer))
+        self.draws.note(request.draw, steps * batches_per_step(self.trainer))
 
     def answer(self, request: Probe | LineProbe, new_id: str) -> ProbeResult | LineResult:
         """Answer one request; inside a session only."""
@@ -211,7 +211,7 @@ class Prober:
     def step(self, draw: int, step: int) -> Tensor | None:
         """One private step on the draw's batches for ``step``."""
         self.leave()
-        count = steps_per_batch(self.trainer)
+        count = batches_per_step(self.trainer)
         batches = [to_device(self.trainer, b) for b in self.draws.training(draw, step * count, count)]
         self.cost.steps += 1
         assert self._sink is not None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 import threading
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import PurePath
 from types import FrameType
 from typing import Any
 
@@ -15,6 +18,10 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
 __all__ = ["LogSink", "SavedInSearchError", "deferred_signals", "quiet"]
+
+_PLAIN = (type(None), str, bytes, int, float, PurePath)
+_CONTAINERS = (dict, list, set, tuple, Namespace)
+_READS = {"get_logdir"}  # methods that are called for what they return
 
 _MAY_WAIT = frozenset(set(signal.Signals) - {signal.SIGINT, signal.SIGCHLD})
 
@@ -45,6 +52,39 @@ def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
     )
 
 
+class _Silence:
+    """Stands in for a logger's object, an experiment say: what is plain in it can be read, all else is done to nothing."""
+
+    def __init__(self, original: Any) -> None:
+        vars(self)["_original"] = original
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # such as what `copy` and `pickle` look for
+            raise AttributeError(name)
+        value = getattr(self._original, name, self)
+        if isinstance(value, _CONTAINERS):
+            return copy.copy(value)
+        return value if isinstance(value, _PLAIN) or name in _READS else _Silence(value)
+
+    def __setattr__(self, name: str, value: Any) -> None: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _Silence(None)
+
+    def __getitem__(self, key: Any) -> Any:
+        return _Silence(None)
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
 class _SilentLogger(DummyLogger):
     """Looks like a logger, says where it writes, and writes nothing."""
 
@@ -55,6 +95,13 @@ class _SilentLogger(DummyLogger):
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # what `isinstance` asks for
         return type(self._original)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_Silence(self._original), name)
+
+    @property
+    def experiment(self) -> Any:
+        return _Silence(getattr(self._original, "experiment", None))
 
     @property
     def name(self) -> Any:

@@ -18,12 +18,12 @@ from lightning_autolr.engine.compat import on_before_batch_transfer, takes_batch
 from lightning_autolr.engine.quiet import LogSink
 
 __all__ = [
+    "batches_per_step",
     "index_in_epoch",
     "loss_of",
     "private_step",
     "real_loss",
     "returned_loss",
-    "steps_per_batch",
     "to_device",
     "training_step",
 ]
@@ -36,14 +36,16 @@ def to_device(trainer: Any, batch: Any, dataloader_idx: int = 0) -> Any:
     return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
 
 
-def steps_per_batch(trainer: Any) -> int:
-    """Batches that one step takes: the accumulation under automatic, one under manual optimization."""
-    return int(trainer.accumulate_grad_batches) if trainer.lightning_module.automatic_optimization else 1
+def batches_per_step(trainer: Any) -> int:
+    """Batches that one step takes: the accumulation, or an epoch's that has fewer, under automatic optimization; else one."""
+    if not trainer.lightning_module.automatic_optimization:
+        return 1
+    return int(max(1, min(trainer.accumulate_grad_batches, trainer.num_training_batches)))
 
 
 def index_in_epoch(trainer: Any, step: int) -> int:
     """``batch_idx`` of a private step's first batch: it begins anew where an epoch's would."""
-    count, batches = steps_per_batch(trainer), trainer.num_training_batches
+    count, batches = batches_per_step(trainer), trainer.num_training_batches
     per_epoch = max(1, int(batches) // count) if batches != math.inf else step + 1
     return step % per_epoch * count
 
@@ -70,6 +72,7 @@ def _automatic(trainer: Any, batches: Sequence[Any], first_idx: int, sink: LogSi
     strategy, module = trainer.strategy, trainer.lightning_module
     optimizer = module.optimizers()
     raw = trainer.optimizers[0]
+    accumulated = trainer.accumulate_grad_batches  # what the loop divides by, also where an epoch has fewer batches
     losses: list[Tensor | None] = []
     outputs: dict[str, Any] = {}
 
@@ -82,10 +85,10 @@ def _automatic(trainer: Any, batches: Sequence[Any], first_idx: int, sink: LogSi
         if offset == 0:
             module.on_before_zero_grad(raw)
             module.optimizer_zero_grad(trainer.current_epoch, first_idx, raw)
-        outputs = _as_outputs(output, len(batches))
+        outputs = _as_outputs(output, accumulated)
         if output is None:  # the user's way to skip a batch
             return None
-        strategy.backward(returned_loss(output) / len(batches), raw)
+        strategy.backward(returned_loss(output) / accumulated, raw)
         return losses[-1]
 
     last = len(batches) - 1

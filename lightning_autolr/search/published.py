@@ -89,7 +89,7 @@ class PublishedAutoLRS(AbstractSearch):
 
     Args:
         min_lr: smallest learning rate, > 0. None finds it by a :class:`~lightning_autolr.search.range_test.RangeTest` of one
-            climb, before the first step: a tenth of ``max_lr`` at most, if that is given.
+            climb, no longer than the run, before the first step: a tenth of ``max_lr`` at most, if that is given.
         max_lr: largest learning rate. If it equals ``min_lr`` there is nothing to search for. None finds it likewise: ten
             times ``min_lr`` at least, if that is given.
         tau: steps of the first stage, >= 1.
@@ -228,11 +228,20 @@ class PublishedAutoLRS(AbstractSearch):
             )
         return left
 
+    def _range_test(self, run: Run) -> RangeTest:
+        """No longer than the run, such as one of a single step to see whether all is well."""
+        most = RangeTest.num_steps if run.total_steps is None else max(10, run.total_steps)
+        return RangeTest(num_steps=min(RangeTest.num_steps, most), repeats=1, seed=_TEST_DRAW + self.seed)
+
     # -- the search -------------------------------------------------------------------------------------------------
 
     def describe(self, run: Run) -> str:
         """The range test, the first stages and their cost."""
-        test = f"a range test of {RangeTest.num_steps} steps, then " if None in (self.min_lr, self.max_lr) else ""
+        test = (
+            f"a range test of {self._range_test(run).num_steps} steps, then "
+            if None in (self.min_lr, self.max_lr)
+            else ""
+        )
         stages = list(itertools.islice(self.plan(run), 4))
         sizes = ", ".join(f"{s.search_steps} + {s.num_steps:g}" for s in stages)
         return f"{test}stages of search + training steps: {sizes}{'' if stages and stages[-1].is_last else ', ...'}."
@@ -245,7 +254,7 @@ class PublishedAutoLRS(AbstractSearch):
             )
         left = self._steps_after_warmup(run)
         if self.min_lr is None or self.max_lr is None:
-            found = yield from RangeTest(repeats=1, seed=_TEST_DRAW + self.seed).measure()
+            found = yield from self._range_test(run).measure()
             low, high = self._bounds_within(found.bounds)
             yield from replace(self, min_lr=low, max_lr=high).requests(run)
             return

@@ -294,3 +294,21 @@ def test_parts_of_batches_require_gradients_as_the_batches_do() -> None:
     parts = split((torch.ones(6, 8, requires_grad=True), torch.zeros(6)), 3)
     assert [[t.requires_grad for t in part] for part in parts] == [[True, False]] * 3
     assert all(t.is_leaf for part in parts for t in part)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3, 4, 10])
+def test_gradients_of_private_steps_have_the_scale_of_real_ones(accumulate: int, tmp_path: Path) -> None:
+    """Also where a step has fewer batches than it accumulates, since the epoch ends: the loop divides by them all."""
+    norms: list[float] = []
+
+    class Same(Tiny):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            assert self.layer.weight.grad is not None
+            norms.append(float(self.layer.weight.grad.norm()))
+
+    data = NoisyData(6, jitter=False)
+    rows = TensorDataset(data.x.repeat(4, 1), data.y.repeat(4))  # four times the same batch
+    search = Search(Stages(lrs=(1e-8,), num_stages=1))
+    fit_tiny(tmp_path, [search], Same(), DataLoader(rows, 6), accumulate_grad_batches=accumulate, max_steps=3)
+    assert len(norms) == 2 + 3
+    assert norms[0] == pytest.approx(norms[2], rel=1e-4)

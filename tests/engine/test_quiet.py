@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,55 @@ class LooksAround(Tiny):
 
 
 SEEN: list[tuple[Any, ...]] = []  # not in the module, where a search would put it back
+
+
+class Summary:
+    """Like an experiment of a service: settings, items, and a name for files."""
+
+    def __init__(self) -> None:
+        self.name, self.config, self.best = "run-1", {"lr": 1.0}, self
+        self.items: list[Any] = []
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.items.append((key, value))
+
+    def add(self, value: Any) -> Summary:
+        self.items.append(value)
+        return self
+
+
+class Service(CSVLogger):
+    run_id = "r1"
+    summary = Summary()
+
+    @property
+    def experiment(self) -> Any:
+        return self.summary
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def save(self) -> None: ...
+
+
+class Writes(Tiny):
+    """Does to its logger what one can do to it in a plain run."""
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            logger: Any = self.logger
+            os.path.join(logger.experiment.name, logger.run_id)
+            logger.experiment.config.update(lr=2.0)
+            logger.experiment.best["step"] = self.trainer.global_step
+            logger.experiment.state = "validated"
+            logger.experiment.add(1).add(self.trainer.global_step)
+
+
+def test_what_is_done_to_a_logger_in_a_search_is_done_to_nothing(tmp_path: Path) -> None:
+    logger = Service(tmp_path)
+    fit_tiny(tmp_path, [Search(Stages())], Writes(), logger=logger, max_steps=8)
+    made = [1, 4, ("step", 4), 1, 8, ("step", 8)]  # two real validations, and eight private ones
+    assert sorted(logger.summary.items, key=str) == sorted(made, key=str)
+    assert logger.summary.config == {"lr": 2.0}
 
 
 def test_a_module_finds_its_logger_and_callbacks(tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def test_a_short_run_with_few_candidates() -> None:
 )
 def test_a_bound_that_is_missing_is_found_and_one_that_is_given_holds(given: Any, searched: Any) -> None:
     search = PublishedAutoLRS(**given, tau=40, tau_max=40, num_candidates=4, seed=2)
-    test = Ranged(RangeTest(repeats=1, seed=10**6 + 2))
+    test = Ranged(RangeTest(num_steps=40, repeats=1, seed=10**6 + 2))
     climb = run_toy(test, noisy_quadratic()).trace
     run = run_toy(search, noisy_quadratic(), 40)
     assert [(q, a) for q, a in run.trace if isinstance(q, Probe) and q.kind == "range test"] == climb
@@ -252,6 +252,7 @@ def test_a_bound_that_is_missing_is_found_and_one_that_is_given_holds(given: Any
 def test_the_plan_says_that_there_is_a_range_test() -> None:
     run = Run(total_steps=1000)
     assert PublishedAutoLRS().describe(run) == f"a range test of 100 steps, then {PAPER.describe(run)}"
+    assert PublishedAutoLRS().describe(Run(total_steps=1)).startswith("a range test of 10 steps, then ")
 
 
 # -- what it forecasts ---------------------------------------------------------------------------------------
