@@ -56,7 +56,7 @@ class _Silence:
     """Stands in for a logger's object, an experiment say: what is plain in it can be read, all else is done to nothing."""
 
     def __init__(self, original: Any) -> None:
-        object.__setattr__(self, "_original", original)
+        vars(self).update(_original=original)  # past our own `__setattr__`
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # such as what `copy` and `pickle` look for
