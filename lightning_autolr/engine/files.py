@@ -125,14 +125,15 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _put_back(targets: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
-    """Into the CPU's memory only what has changed: some of it may be read-only, such as a mapped file."""
+    """Into memory that torch did not allocate only what has changed: it may be read-only, such as a mapped file."""
     pairs = zip(targets, saved, strict=True)
-    changed = [(t, s) for t, s in pairs if not (_is_dense_on_cpu(t) and _is_dense_on_cpu(s) and same_bits(t, s))]
+    changed = [(t, s) for t, s in pairs if not (_is_on_foreign_memory(t) and same_bits(t, s))]
     _copy([t for t, _ in changed], [s for _, s in changed])
 
 
-def _is_dense_on_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.layout is torch.strided and not tensor.is_nested
+def _is_on_foreign_memory(tensor: Tensor) -> bool:
+    is_plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
+    return is_plain and tensor.device.type == "cpu" and not tensor.untyped_storage().resizable()
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
