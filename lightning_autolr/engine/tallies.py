@@ -7,7 +7,7 @@ weights, an epoch would end with the counts of another one, or with none at all.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,8 +43,13 @@ def _tallies(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
         records = [value for value in vars(part).values() if is_record(value) and hasattr(value, "__dict__")]
         for owner in (part.__dict__, *(record.__dict__ for record in records)):
             for name, value in owner.items():
-                if type(value) in (int, float, list, deque, set):
+                if type(value) in (int, float) or (type(value) in (list, deque, set) and not _holds_weights(value)):
                     yield owner, name, value
+
+
+def _holds_weights(values: Iterable[Any]) -> bool:
+    """Such as the list in which a recurrent layer has its weights once more."""
+    return any(isinstance(value, (nn.Parameter, nn.Module)) for value in values)
 
 
 def _contents(value: Any) -> list[Any] | None:
