@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_autolr.core.requests import Answer, Request, decode
-from lightning_autolr.schedules import Segment, Tabulated, to_plain
+from lightning_autolr.schedules import Constant, Segment, Tabulated, to_plain
 
 __all__ = ["Cost", "Entry", "Record", "account_of", "read_leftover", "read_trace", "set_aside", "summary_of"]
 
@@ -204,8 +204,16 @@ def summary_of(segments: Sequence[Segment], cost: Cost) -> dict[str, Any]:
         "undone_steps": cost.steps_undone,
         "eval_batches": cost.eval_batches,
         "search_seconds": cost.seconds,
-        "learning_rates": [s.lr for s in kept],
+        "learning_rates": [_peak(s) for s in kept],
     }
+
+
+def _peak(segment: Segment) -> float:
+    """The learning rate that shapes of factors multiply; a rate of 0, and a shape of rates, stand in the shape alone."""
+    shape = segment.shape
+    if shape.absolute:
+        return max(map(shape, range(segment.num_steps)), default=0.0)
+    return segment.lr * shape(0) if isinstance(shape, Constant) else segment.lr
 
 
 def account_of(summary: Mapping[str, Any]) -> list[str]:

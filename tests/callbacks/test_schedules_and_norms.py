@@ -420,3 +420,12 @@ def test_a_range_test_applies_nothing_beside_a_callback_that_sets_the_learning_r
     ):
         run(Scheduled(), tmp_path, RangeTestCallback(apply=True), ScheduleCallback(Rex()))
     run(Scheduled(), tmp_path, RangeTestCallback(num_steps=20, repeats=1), ScheduleCallback(Rex()))
+
+
+def test_the_account_tells_the_peaks_of_a_replay(tmp_path: Path) -> None:
+    table = Tabulated((Segment(3, 0.0), Segment(3, 0.1)))
+    found, shifted = ScheduleCallback(table), ScheduleCallback(Shifted(table, 0))
+    for callback in (found, shifted):
+        run(Tiny(), tmp_path, callback, max_steps=6)
+    assert found.summary["learning_rates"] == [0.0, 0.1]
+    assert shifted.summary["learning_rates"] == [0.1]  # one piece, of a shape of learning rates
