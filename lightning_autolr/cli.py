@@ -55,6 +55,13 @@ def _run_command(name: str, function: Callable[..., int], arguments: list[str]) 
             raise
         print(f"lightning-autolr {name}: {error}", file=sys.stderr)
         return 2
+    except (
+        FileExistsError,
+        IsADirectoryError,
+        NotADirectoryError,
+    ) as error:  # a path that was given is of another kind
+        print(f"lightning-autolr {name}: {error.strerror}: {error.filename}", file=sys.stderr)
+        return 2
 
 
 def _parser_of(name: str, function: Callable[..., int]) -> ArgumentParser:

@@ -164,11 +164,19 @@ def replay(run_dir: str, out: str | None = None, overrides: Sequence[str] = ()) 
     schedule = _existing(Path(run_dir, "autolr", "schedule.json")).resolve()
     config = yaml.safe_load(_existing(Path(run_dir, "config.yaml")).read_text())
     trainer, others, options = config["trainer"], [], {}
+    is_search = False
     for callback in callbacks_of(config):
         if issubclass(_imported(callback["class_path"]), SearchCallback):
+            is_search = _imported(callback["class_path"]) is not ScheduleCallback
             options = {k: v for k, v in callback.get("init_args", {}).items() if k in _REPLAYED}
         else:
             others.append(callback)
+    length = Tabulated.from_file(schedule).length
+    result = json.loads(_existing(Path(run_dir, "result.json")).read_text())
+    if is_search and length == result["steps"]:
+        # A resumed run is repeated from its beginning, since its checkpoint has nothing for the callback of the replay. A run
+        # that began from other weights, and made fewer steps than they had, needs them.
+        config.pop("ckpt_path", None)
     found = {
         "class_path": "lightning_autolr.ScheduleCallback",
         "init_args": {
@@ -178,7 +186,7 @@ def replay(run_dir: str, out: str | None = None, overrides: Sequence[str] = ()) 
                 "init_args": {"path": str(schedule)},
             },
             # The run may have ended before the Trainer's own limits. These stay, since the module may ask for them.
-            "total_steps": Tabulated.from_file(schedule).length,
+            "total_steps": length,
             "count_search": True,
         },
     }
@@ -188,8 +196,8 @@ def replay(run_dir: str, out: str | None = None, overrides: Sequence[str] = ()) 
     target = Path(out) if out else Path(run_dir, "replay")
     target.mkdir(parents=True, exist_ok=True)
     _fit(config, *writing_to(target), *overrides)
-    before, after = (json.loads(_existing(f / "result.json").read_text())["metrics"] for f in (Path(run_dir), target))
-    for name, value in before.items():
+    after = json.loads(_existing(target / "result.json").read_text())["metrics"]
+    for name, value in result["metrics"].items():
         print(f"{name:<12} {value:.6f} found, {after.get(name, float('nan')):.6f} replayed")
     return 0
 
@@ -208,7 +216,8 @@ def refine(run_dir: str, smoothing: float = 0.1, out: str | None = None) -> int:
     norms = [float(x) for x in record["norms"]]
     refine_schedule(norms, norm=record["norm"], smoothing=smoothing).to_file(target)
     print(
-        f"Refined from {len(norms)} {record['norm']} norms: {target}. Use it with a peak learning rate of your own:\n"
+        f"Refined from {len(norms)} {record['norm']} norms: {target}. It is for a run of as many steps, with a peak "
+        "learning rate of your own:\n"
         "  - class_path: lightning_autolr.ScheduleCallback\n"
         "    init_args:\n"
         "      schedule:\n"

@@ -303,6 +303,25 @@ def test_a_found_schedule_is_replayed_to_the_same_metrics(tmp_path: Path, capsys
     assert "replayed" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_run_that_was_resumed_is_replayed_from_its_beginning(tmp_path: Path) -> None:
+    config, steps = CONFIGS / "digits/autolrs.yaml", ["--trainer.max_steps=40"]
+
+    def saving(folder: str) -> list[str]:
+        saver = "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"
+        where = f"--trainer.callbacks.dirpath={tmp_path / folder}"
+        return [saver, "--trainer.callbacks.every_n_train_steps=30", "--trainer.callbacks.save_top_k=-1", where]
+
+    fit(config, tmp_path / "whole", *steps, *saving("saved"))
+    (saved,) = (tmp_path / "saved").glob("*.ckpt")
+    fit(config, tmp_path / "resumed", *steps, *saving("later"), f"--ckpt_path={saved}")
+    assert cli.main(["replay", str(tmp_path / "resumed"), "--", *QUIET[:2]]) == 0
+    schedules = [Tabulated.from_file(tmp_path / f"resumed{part}/autolr/schedule.json") for part in ("", "/replay")]
+    assert [schedule.length for schedule in schedules] == [40, 40]
+    assert all(schedules[0](step) == schedules[1](step) for step in range(40))
+
+
 REPLAYED = """
 import torch
 from lightning.pytorch import LightningModule

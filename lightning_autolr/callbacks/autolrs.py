@@ -95,8 +95,10 @@ class AutoLRSCallback(SearchCallback):
         warmup: Literal["autowu"] | None = None,
         **options: Any,
     ) -> None:
-        if not tau >= 1:
-            raise ValueError(f"Expected tau >= 1, got {tau=}.")
+        if not (isinstance(tau, int) and tau >= 1):
+            raise ValueError(f"Expected a whole tau >= 1, got {tau=}.")
+        if anneal is not None and not isinstance(anneal, Schedule):
+            raise TypeError(f"Expected anneal to be a Schedule such as Rex(), or None, got {anneal!r}.")
         if method not in _OPTIONS_OF:
             raise ValueError(f"Expected method to be 'early' or 'published', got {method!r}.")
         (other,) = _OPTIONS_OF.keys() - {method}

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_autolr.engine.checks import keep_earlier, record_folder
+from lightning_autolr.engine.checks import check_choice, keep_earlier, record_folder
 from lightning_autolr.engine.compat import remove_log_methods
 from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.engine.grad_norms import GradNorms, Norm
@@ -38,8 +38,7 @@ class GradNormCallback(Callback):
     """
 
     def __init__(self, norm: Norm = "l2", clipped: bool = False) -> None:
-        if norm not in ("l1", "l2"):
-            raise ValueError(f"Expected norm to be 'l1' or 'l2', got {norm!r}.")
+        check_choice("norm", norm, ("l1", "l2"))
         self.norm, self.clipped = norm, clipped
         self.norms: list[float] = []
         self._loaded: list[float] = []
@@ -122,6 +121,7 @@ class RefinedScheduleCallback(SearchCallback):
         every: float = 0.01,
         **options: Any,
     ) -> None:
+        check_choice("norm", norm, ("l1", "l2"))
         super().__init__(**options)
         self.search = OnlineRefined(peak_lr=peak_lr, norm=norm, smoothing=smoothing, every=every)
 

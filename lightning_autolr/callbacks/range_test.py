@@ -18,10 +18,10 @@ from lightning_autolr.core.range_rules import RangeCurve, RangeSuggestion, Rule
 from lightning_autolr.core.requests import Probe
 from lightning_autolr.engine import compat
 from lightning_autolr.engine.batches import unchanged
-from lightning_autolr.engine.checks import check_trainer, keep_earlier, record_folder
+from lightning_autolr.engine.checks import check_choice, check_trainer, keep_earlier, record_folder
 from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.engine.figure_log import FigureLog
-from lightning_autolr.engine.files import Place
+from lightning_autolr.engine.files import PLACES, Place
 from lightning_autolr.engine.length import steps_made
 from lightning_autolr.engine.lr import LearningRate, rescale_configured
 from lightning_autolr.engine.probe import ProbeOptions, Prober
@@ -93,6 +93,7 @@ class RangeTestCallback(Callback):
             raise ValueError(f"Expected at least one milestone, each >= 0, got {milestones=}.")
         if unit not in ("epoch", "step"):
             raise ValueError(f"Expected unit to be 'epoch' or 'step', got {unit!r}.")
+        check_choice("fork", fork, PLACES)
         self.search = RangeTest(min_lr, max_lr, num_steps, mode, repeats, rule, seed=seed)
         self.milestones, self.unit, self.apply, self.stop = frozenset(milestones), unit, apply, stop
         self.figures, self.allow_untested = figures, allow_untested

@@ -342,7 +342,7 @@ Requests = Generator[Request, Any, None]
 def private_steps(request: Request, answer: Answer) -> int:
     """Private steps that a request took; 0 for real training."""
     if isinstance(request, LineProbe):
-        return request.horizon * (len(request.factors) if request.exact else 1)
+        return request.horizon * (sum(factor > 0 for factor in request.factors) if request.exact else 1)
     return answer.num_steps if isinstance(answer, ProbeResult) else 0
 
 

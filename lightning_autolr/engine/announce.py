@@ -86,7 +86,7 @@ class Announcer:
         if undone > 20 * max(1, kept):
             rank_zero_warn(
                 f"{self.name} took back {undone} of {kept + undone} steps: nothing after them was better by what it looks at. "
-                "Is `monitor` a score, of which more is better (`mode='max'`)?"
+                "Are `monitor` and `mode` ('max' for a score, of which more is better) what they should be?"
             )
         self.info(f"{'; '.join(account_of(summary))}. Peak learning rate{'s' * (len(lrs) > 1)}: {found}.{where}")
 

@@ -47,7 +47,7 @@ def check_trainer(trainer: Any, pl_module: Any, evaluates: Collection[str | None
             "Expected a `validation_step`, a validation dataloader and `limit_val_batches > 0` for "
             "`objective='validation'` or a ratchet that looks at it, got none. Add them, or pass `objective='holdout'` "
             "(training batches held out from the probes), or `objective='train'` without a ratchet or with "
-            "`ratchet=Ratchet(evaluate='holdout')`."
+            "`ratchet=Ratchet(objective='holdout')`."
         )
     if "holdout" in evaluates and not pl_module.automatic_optimization:
         raise MisconfigurationException(

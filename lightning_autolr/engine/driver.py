@@ -19,7 +19,7 @@ from lightning_autolr.core.requests import Run
 from lightning_autolr.engine.checks import check_choice, check_trainer
 from lightning_autolr.engine.compat import remove_log_methods
 from lightning_autolr.engine.figure_log import options_of
-from lightning_autolr.engine.files import Place
+from lightning_autolr.engine.files import PLACES, Place
 from lightning_autolr.engine.live import LiveSearch
 from lightning_autolr.engine.lr import LearningRate, OnScheduler
 from lightning_autolr.engine.probe import ProbeOptions
@@ -37,7 +37,8 @@ class SearchCallback(Callback):
     Args:
         objective: what scores a candidate: the validation batches, training batches held out from the probe, or the
             training loss itself.
-        monitor: name under which ``validation_step`` logs the score; the loss it returns is taken when it logs no such.
+        monitor: name under which ``validation_step`` logs the score; for "val_loss" the loss it returns is taken when it logs
+            no such.
         mode: whether less ("min") or more ("max") of it is better.
         eval_batches: batches of each validation loader that score a candidate, >= 1; None is all of them. With "holdout":
             training batches that are reserved, and None is 4.
@@ -87,18 +88,25 @@ class SearchCallback(Callback):
     ) -> None:
         check_choice("objective", objective, ("validation", "holdout", "train"))
         check_choice("mode", mode, ("min", "max"))
-        check_choice("fork", fork, ("device", "cpu", "disk"))
+        check_choice("fork", fork, PLACES)
         check_choice("on_scheduler", on_scheduler, ("override", "multiply", "error"))
         if eval_batches is not None and eval_batches < 1:
             raise ValueError(f"Expected eval_batches >= 1 or None, got {eval_batches=}.")
         if total_steps != "auto" and not (isinstance(total_steps, int) and total_steps >= 1):
             raise ValueError(f"Expected total_steps >= 1 or 'auto', got {total_steps=}.")
-        if seed < 0:
-            raise ValueError(f"Expected seed >= 0, got {seed=}.")
+        if not (isinstance(seed, int) and seed >= 0):
+            raise ValueError(f"Expected a whole seed >= 0, got {seed=}.")
+        if not isinstance(ratchet, (Ratchet, bool)):
+            raise TypeError(f"Expected a Ratchet, True or False, got {ratchet=}.")
         if mode == "min" and more_is_better(monitor):
             rank_zero_warn(
                 f"{type(self).__name__} takes less of {monitor!r} for better, and by its name it is a score. Pass `mode='max'` "
                 "if more of it is better: otherwise the run ends on its worst weights."
+            )
+        if mode == "max" and "loss" in monitor.lower():
+            rank_zero_warn(
+                f"{type(self).__name__} takes more of {monitor!r} for better, and by its name it is a loss. Leave `mode='max'` "
+                "out, or pass the name of a score as `monitor`."
             )
         self.objective = objective
         self.on_scheduler = on_scheduler

@@ -136,10 +136,16 @@ class _Monitored:
             self._accumulated = value
         elif value is not None:
             self._values.append(self._scalar(value))
-        elif self._name not in logged and (number == 0 or f"dataloader_idx_{number}" in self._name):
+        elif self._takes_returned(number) and self._name not in logged:
             loss = returned_loss(output)
             if isinstance(loss, Real) or (isinstance(loss, Tensor) and loss.numel() == 1):  # and not logits, say
                 self._values.append(self._scalar(loss))
+
+    def _takes_returned(self, number: int) -> bool:
+        """Whether the loss that is returned for this loader may stand for a value that is not logged: not one that was asked
+        for by a name of its own, which may be misspelt."""
+        name, _, suffix = self._name.partition("/")
+        return name == "val_loss" and suffix in ("", f"dataloader_idx_{number}") and (number == 0 or suffix != "")
 
     def means(self) -> dict[str, Tensor]:
         """What was logged, over all batches."""
@@ -155,9 +161,9 @@ class _Monitored:
             metric.reset()  # as the Trainer does at the end of a validation: the next one starts anew
         if not found:
             raise ValueError(
-                f"Expected `validation_step` to log {self._name!r} or to return a loss, got neither; the last batch logged "
-                f"{sorted(self._logged)}. Set `monitor=` to one of these (with `mode='max'` where more is better), or choose "
-                "`objective='holdout'` or 'train'."
+                f"Expected `validation_step` to log {self._name!r} or, for 'val_loss', to return a loss, got neither; the last "
+                f"batch logged {sorted(self._logged)}. Set `monitor=` to one of these (with `mode='max'` where more is "
+                "better), or choose `objective='holdout'`, or 'train' with `ratchet=False`."
             )
         return found
 

@@ -6,16 +6,17 @@ import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_autolr.engine.compat import foreach_copy_
 
-__all__ = ["DiskStore", "MemoryStore", "Place", "Store", "make_store", "same_bits"]
+__all__ = ["PLACES", "DiskStore", "MemoryStore", "Place", "Store", "make_store", "same_bits"]
 
 Place = Literal["device", "cpu", "disk"]
+PLACES: tuple[Place, ...] = get_args(Place)
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 

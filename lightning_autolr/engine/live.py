@@ -129,9 +129,9 @@ class LiveSearch:
 
     def end(self) -> None:
         """The training has ended as it should."""
+        if self._owner.ratchet is not None and self.length.is_cut_short(self.trained, self.cost.steps):
+            self.announcer.warn_ended_early(self.trained, self.length.total)
         if self._active is not None and self._active.steps_done:
-            if self._owner.ratchet is not None and self.length.is_cut_short(self.trained, self.cost.steps):
-                self.announcer.warn_ended_early(self.trained, self.length.total)
             self._active.read(self.trainer.strategy)
             self._finish(Status.OK)
         self._active = None

@@ -198,6 +198,8 @@ class Tabulated(Schedule):
             FileNotFoundError: there is no such file.
             ValueError: it does not hold a table.
         """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"Expected a schedule written by Tabulated.to_file in {path}, got no such file.")
         try:
             value = from_plain(json.loads(Path(path).read_text(encoding="utf-8")), (Segment,))
         except (TypeError, ValueError) as error:

@@ -208,7 +208,7 @@ class AutoLRS(AbstractSearch):
             else f", {plan.search_steps / run.total_steps:.0%} of the run's {run.total_steps}"
         )
         known, unknown = (
-            f"the last {self.anneal_fraction:.0%} annealed to zero",
+            f"the last {min(self.anneal_fraction, 1 - self.warmup_fraction):.0%} annealed",
             "held until an end is known, then annealed",
         )
         end = unknown if run.total_steps is None else known

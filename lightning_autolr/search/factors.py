@@ -103,6 +103,12 @@ class FactorSearch(AbstractSearch):
             raise ValueError(f"Expected 0 < min_lr < max_lr, got {self.min_lr=} and {self.max_lr=}.")
         if self.every != "epoch" and not (isinstance(self.every, int) and self.every >= 1):
             raise ValueError(f"Expected every to be 'epoch' or a number of steps >= 1, got {self.every=}.")
+        if self.initial_lr is not None and not self.min_lr <= self.initial_lr <= self.max_lr:
+            raise ValueError(
+                f"Expected min_lr <= initial_lr <= max_lr, got {self.initial_lr=}, {self.min_lr=} and {self.max_lr=}."
+            )
+        if self.evaluate_on not in ("same", "next", "validation"):
+            raise ValueError(f"Expected evaluate_on to be 'same', 'next' or 'validation', got {self.evaluate_on!r}.")
         if self.horizon < 1 or self.start_rounds < 1:
             raise ValueError(f"Expected horizon and start_rounds >= 1, got {self.horizon=} and {self.start_rounds=}.")
         if not 0 <= self.smoothing < 1:

@@ -35,7 +35,7 @@ from tests.engine.subjects import NoisyData, Search
         ({"total_steps": 0}, r"Expected total_steps >= 1 or 'auto', got total_steps=0"),
         ({"total_steps": "all"}, r"Expected total_steps >= 1 or 'auto', got total_steps='all'"),
         ({"total_steps": 2.5}, r"Expected total_steps >= 1 or 'auto', got total_steps=2.5"),
-        ({"seed": -1}, r"Expected seed >= 0, got seed=-1"),
+        ({"seed": -1}, r"Expected a whole seed >= 0, got seed=-1"),
     ],
 )
 def test_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
@@ -54,6 +54,30 @@ def test_schedule_arguments() -> None:
 def test_a_score_of_which_less_is_better() -> None:
     with pytest.warns(UserWarning, match="takes less of 'val/acc' for better"):
         Search(Stages(), monitor="val/acc")
+
+
+def test_a_loss_of_which_more_is_better() -> None:
+    with pytest.warns(UserWarning, match="takes more of 'val_loss' for better"):
+        Search(Stages(), mode="max")
+
+
+def test_a_misspelt_monitor_is_told_and_no_loss_taken_for_it(tmp_path: Path) -> None:
+    class Returns(Tiny):
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("val_acc", 1 - self.loss(batch))
+            return self.loss(batch)
+
+    with pytest.raises(ValueError, match=r"Expected `validation_step` to log 'val_accuracy'.*\['val_acc'\]"):
+        fit_tiny(tmp_path, [Search(Stages(), monitor="val_accuracy", mode="max")], Returns())
+    fit_tiny(tmp_path, [Search(Stages())], Returns())  # what is returned stands for "val_loss"
+
+
+@pytest.mark.parametrize(
+    "options", [{"anneal": "Rex"}, {"anneal": Cosine}, {"tau": 2.5}, {"ratchet": "yes"}, {"seed": 1.5}]
+)
+def test_values_of_another_kind_are_told_before_anything_is_trained(options: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"^Expected "):
+        AutoLRSCallback(**options)
 
 
 class OtherName(torch.optim.Optimizer):
@@ -304,7 +328,7 @@ def test_options_of_the_other_method() -> None:
         AutoLRSCallback(method="published", warmup="autowu", caution=1.0)
     with pytest.raises(ValueError, match="Expected kappa only with method='published'"):
         AutoLRSCallback(kappa=3.0)
-    with pytest.raises(ValueError, match=r"Expected tau >= 1, got tau=0\."):
+    with pytest.raises(ValueError, match=r"Expected a whole tau >= 1, got tau=0\."):
         AutoLRSCallback(tau=0)
     with pytest.raises(ValueError, match="Expected method to be 'early' or 'published', got 'late'"):
         AutoLRSCallback(method="late")  # type: ignore[arg-type]

@@ -122,7 +122,9 @@ class Logits(Tiny):
 
 
 def test_only_a_number_that_is_returned_is_a_loss(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"Expected `validation_step` to log 'val_loss' or .* logged \['val/loss'\]"):
+    with pytest.raises(
+        ValueError, match=r"Expected `validation_step` to log 'val_loss' or, for .* logged \['val/loss'\]"
+    ):
         fit_tiny(tmp_path, [Search(Stages())], Logits())
 
 

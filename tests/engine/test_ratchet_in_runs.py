@@ -246,10 +246,14 @@ def test_rex_is_cut_into_pieces_that_go_on(tmp_path: Path) -> None:
 
 
 class StopAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        trainer.should_stop = trainer.global_step >= 25
+        trainer.should_stop = trainer.global_step >= self.step
 
 
-def test_an_end_that_was_not_planned_is_warned_of(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"the run was ended after 25 of 40 steps.*keeps its last"):
-        fit_tiny(tmp_path, [guarded(), StopAt()], max_steps=40)
+@pytest.mark.parametrize("step", [10, 15, 20, 24, 25])  # some of them end a stage
+def test_an_end_that_was_not_planned_is_warned_of(step: int, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=rf"the run was ended after {step} of 40 steps.*keeps its last"):
+        fit_tiny(tmp_path, [guarded(), StopAt(step)], max_steps=40)

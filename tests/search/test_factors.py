@@ -104,7 +104,7 @@ def test_start_rounds_put_a_bad_start_right_before_the_first_real_step() -> None
     assert [type(request) for request, _ in run.trace[first:]] == [Train, LineProbe, Train]
 
 
-@pytest.mark.parametrize("start", [9.0, 100.0])
+@pytest.mark.parametrize("start", [9.0, 10.0])
 def test_the_guard_undoes_what_ran_away(start: float) -> None:
     """From 9 one decision leaves a rate that diverges within a segment: every rate above 2 does."""
     run = run_toy(FactorSearch(every=20, initial_lr=start), QUADRATIC, 400)
@@ -206,6 +206,9 @@ def test_a_recorded_search_is_continued() -> None:
         ({"temperature": 0.0}, "temperature"),
         ({"normalize": "mean"}, "Expected one of"),
         ({"outlier_clip": -1.0}, "outlier_clip"),
+        ({"initial_lr": 0.0}, "initial_lr"),
+        ({"initial_lr": 100.0}, "initial_lr"),
+        ({"evaluate_on": "x"}, "evaluate_on"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

@@ -159,7 +159,7 @@ def _candidate(parts: Parts) -> Candidate:
     return Candidate(
         lr=first.lr,
         score=score if math.isfinite(score) else math.inf,
-        steps=len(losses),
+        steps=sum(answer.num_steps for _, answer in parts),
         status=last.status,
         losses=losses,
         evaluations=tuple(
