@@ -28,7 +28,7 @@ from lightning_autolr.report.inspect import (
     range_suggestion,
     searches_of,
 )
-from lightning_autolr.schedules import Segment, Tabulated, to_plain
+from lightning_autolr.schedules import OneCycle, Segment, Tabulated, to_plain
 from lightning_autolr.search import published
 from lightning_autolr.search.autolrs import AutoLRS
 from lightning_autolr.search.autowu import AutoWU
@@ -320,6 +320,14 @@ def test_stages_in_which_nothing_was_decided_are_one_row(
     (_, table) = Inspection(tmp_path, segments=segments).tables()
     cells = zip(*(column.cells for column in table.columns[:3]), strict=True)
     assert [" ".join(str(cell) for cell in row) for row in cells] == rows
+
+
+def test_a_peak_within_a_piece_is_shown(tmp_path: Path) -> None:
+    (_, table) = Inspection(tmp_path, segments=(Segment(1000, 0.1, OneCycle()),)).tables()
+    (course,) = table.columns[2].cells
+    first, peak, last = (float(number) for number in str(course).split(" to "))
+    assert peak == pytest.approx(0.1, rel=0.01)
+    assert max(first, last) < 0.02
 
 
 def test_without_a_search_there_is_no_account(tmp_path: Path) -> None:

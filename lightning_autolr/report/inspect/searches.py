@@ -16,6 +16,8 @@ from lightning_autolr.schedules import Segment
 
 __all__ = ["Candidate", "Kind", "Piece", "Search", "late_loss", "steps_of"]
 
+_MOST_LOOKED_AT = 200  # steps of a piece
+
 Kind = Literal["candidates", "beam", "factors", "range test", "look"]
 
 
@@ -146,6 +148,12 @@ class Piece:
     def ends(self) -> tuple[float, float]:
         """Learning rates of the first and of the last step."""
         return self.segment(0), self.segment(max(self.segment.num_steps - 1, 0))
+
+    @property
+    def peak(self) -> float:
+        """The highest learning rate, of some of the steps where there are many."""
+        last = max(self.segment.num_steps - 1, 0)
+        return max(map(self.segment, range(0, last + 1, 1 + last // _MOST_LOOKED_AT)))
 
 
 def late_loss(pieces: Sequence[Piece]) -> float | None:

@@ -144,7 +144,7 @@ def _goes_on(before: Piece, piece: Piece) -> bool:
 def _course(pieces: Sequence[Piece]) -> str:
     """Learning rates at both ends, and between them the highest if it is higher than either."""
     first, last = pieces[0].ends[0], pieces[-1].ends[1]
-    peak = max(lr for piece in pieces for lr in piece.ends)
+    peak = max(max(*piece.ends, piece.peak) for piece in pieces)
     values = [_number(lr) for lr in ((first, peak, last) if peak > 1.01 * max(first, last) else (first, last))]
     return " to ".join(dict.fromkeys(values))
 
