@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,12 @@ class Summary:
     def __setitem__(self, key: str, value: Any) -> None:
         self.items.append((key, value))
 
+    def __len__(self) -> int:
+        return len(self.items) + 1
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
     def add(self, value: Any) -> Summary:
         self.items.append(value)
         return self
@@ -92,6 +99,9 @@ class Writes(Tiny):
             logger.experiment.best["step"] = self.trainer.global_step
             logger.experiment.state = "validated"
             logger.experiment.add(1).add(self.trainer.global_step)
+            assert logger.experiment.best
+            assert len(logger.experiment.best) >= 0
+            assert "loss" not in logger.experiment.best
 
 
 def test_what_is_done_to_a_logger_in_a_search_is_done_to_nothing(tmp_path: Path) -> None:
