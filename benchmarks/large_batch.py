@@ -50,6 +50,7 @@ AUTOMATIC: dict[str, Callable[[], SearchCallback]] = {
     "AutoWU, constant then cosine": lambda: AutoWUCallback(immediate_cooldown=False, figures=False),
     "AutoWU from 1e-3": lambda: AutoWUCallback(min_lr=1e-3, figures=False),
     "AutoWU, published rules": lambda: AutoWUCallback(compat=True, figures=False),
+    "AutoLRS": lambda: AutoLRSCallback(count_search=True, figures=False),
     "AutoLRS after AutoWU": lambda: AutoLRSCallback(warmup="autowu", count_search=True, figures=False),
 }
 ORACLE = "cosine"
@@ -110,7 +111,7 @@ def run(batch_size: int, method: str, lr: float | None, seed: int, epochs: int, 
         "test_loss": _finite(tested["test_loss"]),
         "test_acc": tested["test_acc"],
         "seconds": seconds,
-        **(warmup_of(callback.trace) if method in AUTOMATIC else {}),
+        **(warmup_of(callback.trace) if "AutoWU" in method else {}),
     }
 
 
@@ -184,7 +185,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for batch_size in BATCH_SIZES:
         for method in AUTOMATIC:
             of = [r for r in rows if (r["batch_size"], r["method"]) == (batch_size, method)]
-            if of:
+            if of and "warmup_steps" in of[0]:
                 cells = [", ".join(f"{r[key]:.2g}" for r in of) for key in ("reached_lr", "found_lr")]
                 steps = ", ".join(str(r["warmup_steps"]) for r in of)
                 lines.append(f"| {batch_size} | {method} | {steps} | {cells[0]} | {cells[1]} |")

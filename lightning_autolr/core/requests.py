@@ -232,10 +232,15 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The losses of the evaluation batches, one each, after ``step`` steps of the probe; or those of its later steps."""
+    """The losses of the evaluation batches, one each, after ``step`` steps of the probe; or those of its later steps.
+
+    ``name`` says what they are where it is not "val_loss" or a training loss: the monitored value, and "-val_acc" where more of
+    it is better.
+    """
 
     step: int
     losses: tuple[float, ...]
+    name: str = field(default="", compare=False)
 
     @property
     def mean(self) -> float:

@@ -63,6 +63,13 @@ class ProbeOptions:
     probe_dataloader: Any = None
     cache_bytes: int = 2 << 30
 
+    @property
+    def score_name(self) -> str:
+        """What validation scores are, for those who read the trace; see :class:`~lightning_autolr.core.requests.Evaluation`."""
+        if self.monitor == "val_loss":
+            return ""
+        return f"-{self.monitor}" if self.mode == "max" else self.monitor
+
 
 class _DivergedError(Exception):
     """The weights of a probe are broken: an answer, not an error."""
@@ -330,7 +337,8 @@ class Prober:
         return [self._evaluation(request, request.num_steps)]
 
     def _evaluation(self, request: Probe, step: int) -> Evaluation:
-        return Evaluation(step, tuple(self._unless_weights_broke(partial(self.evaluate, request))))
+        losses = self._unless_weights_broke(partial(self.evaluate, request))
+        return Evaluation(step, tuple(losses), self._options.score_name if request.evaluate == "validation" else "")
 
     def _unless_weights_broke(self, work: Callable[[], T]) -> T:
         """What ``work`` gives. Its exception is a divergence when the weights are to blame: the real ones do not raise it.

@@ -36,6 +36,22 @@ def test_training_losses_cost_nothing(tmp_path: Path, evaluate: Any) -> None:
     assert (callback.summary["eval_batches"] == 0) is (evaluate == "train")
 
 
+def test_the_trace_says_what_a_score_is(tmp_path: Path) -> None:
+    class Scored(Tiny):
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log_dict({"val_loss": (loss := self.loss(batch)), "val_acc": 1 - loss, "val_error": loss})
+
+    for options, name in (
+        ({}, ""),
+        ({"monitor": "val_acc", "mode": "max"}, "-val_acc"),
+        ({"monitor": "val_error"}, "val_error"),
+        ({"monitor": "val_acc", "mode": "max", "objective": "train"}, ""),
+    ):
+        callback = Search(Stages(evaluate=options.get("objective", "validation"), probe_steps=5), **options)
+        fit_tiny(tmp_path, [callback], Scored())
+        assert {e.name for _, answer in probes(callback) for e in answer.evaluations} == {name}
+
+
 @pytest.mark.parametrize(
     ("options", "objective"),
     [({}, "train"), ({"objective": "validation"}, "validation"), ({"method": "published"}, "validation")],

@@ -53,7 +53,7 @@ from lightning_autolr.search.beam import BeamSearch
 from lightning_autolr.search.factors import FactorSearch
 from lightning_autolr.search.fixed import Fixed
 from lightning_autolr.search.range_test import RangeTest
-from tests.report.traces import by_hand, entries_of, probe, recorded, segments_of
+from tests.report.traces import by_hand, entries_of, named, probe, recorded, segments_of
 from tests.toy import Ranged
 from tests.zoo import noisy_quadratic, off_centre
 
@@ -334,6 +334,19 @@ def test_figures_say_what_scored_the_candidates(evaluate: Any, name: str) -> Non
     figure = probes_figure(candidates(trace))
     assert name in [text.get_text() for legend in figure.legends for text in legend.get_texts()]
     assert candidates_figure(candidates(trace)).axes[0].get_ylabel().replace("\n", " ") == name
+
+
+def test_a_score_that_is_no_loss_has_an_axis_of_its_own() -> None:
+    trace = entries_of(named(PAIRS, "-val_acc"))
+    figure = schedule_figure(pieces_of(trace, segments_of(PAIRS)), searches_of(trace))
+    _, bottom, right = figure.axes
+    assert (bottom.get_ylabel(), right.get_ylabel()) == ("training loss", "-val_acc")
+    (dots,) = right.lines
+    assert list(dots.get_ydata()) == [3.0, 1.0, 4.0]
+    assert [x for x in bottom.lines if x.get_marker() == "o"] == []
+    axes, _ = probes_figure(candidates(trace)).axes
+    assert not [x for x in axes.lines if x.get_marker() == "o" and len(x.get_xdata())]
+    assert candidates_figure(candidates(trace)).axes[0].get_ylabel().startswith("-val_acc on")
 
 
 def test_range_test_shows_every_climb_and_the_interval() -> None:

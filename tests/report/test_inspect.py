@@ -36,7 +36,7 @@ from lightning_autolr.search.base import AbstractSearch
 from lightning_autolr.search.beam import BeamSearch
 from lightning_autolr.search.factors import FactorSearch
 from lightning_autolr.search.range_test import RangeTest
-from tests.report.traces import by_hand, entries_of, probe, recorded, segments_of
+from tests.report.traces import by_hand, entries_of, named, probe, recorded, segments_of
 from tests.toy import Ranged, run_toy
 from tests.zoo import noisy_quadratic, off_centre
 
@@ -242,6 +242,14 @@ def test_tables_say_what_why_and_at_what_cost(tmp_path: Path) -> None:
     assert len(rows) == 1
     assert "8-10" in rows[0]
     assert "0.05" in rows[0]
+
+
+def test_tables_say_what_a_score_is_that_is_no_loss() -> None:
+    shown_as = [
+        shown(Inspection(Path(), tuple(entries_of(pairs)), tuple(SEGMENTS)))
+        for pairs in (PAIRS, named(PAIRS, "-val_acc"))
+    ]
+    assert ["-val_acc" in text for text in shown_as] == [False, True]
 
 
 def test_what_was_chosen_between_the_candidates_has_a_row() -> None:

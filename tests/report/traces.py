@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning_autolr.core.record import Entry, Record
@@ -67,6 +68,17 @@ def probe(lr: float, losses: Sequence[float], evaluation: Sequence[float], **opt
 
 def diverged(lr: float, losses: Sequence[float]) -> tuple[Probe, ProbeResult]:
     return Probe(lr, len(losses)), ProbeResult(tuple(losses), (), Status.DIVERGED)
+
+
+def named(pairs: Sequence[tuple[Request, Answer]], name: str) -> list[tuple[Request, Answer]]:
+    """The same, with scores that are no losses."""
+
+    def of(answer: Answer) -> Answer:
+        if not isinstance(answer, ProbeResult):
+            return answer
+        return replace(answer, evaluations=tuple(replace(e, name=name) for e in answer.evaluations))
+
+    return [(request, of(answer)) for request, answer in pairs]
 
 
 LOOK = Probe(1.0, 0, label="ratchet", kind="look")

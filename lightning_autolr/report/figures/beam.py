@@ -61,7 +61,7 @@ def beam_figure(rounds: Sequence[Search]) -> Figure:
     best = [(s.step + _length(rounds, i), s.best.score) for i, s in enumerate(rounds) if s.best is not None]
     plot_points(bottom, best, "o-", color=BLUE, markersize=4)
     limit_losses(bottom, [y for _, y in finite])
-    bottom.set(xlabel="optimizer step of the run", ylabel="score of a child\n(loss)")
+    bottom.set(xlabel="optimizer step of the run", ylabel=f"score of a child\n({rounds[-1].score_name or 'loss'})")
     children = sum(len(s.candidates) for s in rounds)
     figure.suptitle(f"beam search: {len(rounds)} rounds, {children} children tried", fontsize=9)
     add_legend(

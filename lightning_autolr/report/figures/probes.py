@@ -46,7 +46,7 @@ def probes_figure(search: Search) -> Figure:
         if candidate.status is Status.OK or search.best is None:
             shown += [x for x in smooth if math.isfinite(x)]
         longest = max(longest, len(y))
-        evaluations = [(e.step, e.mean) for e in candidate.evaluations if math.isfinite(e.mean)]
+        evaluations = [(e.step, e.mean) for e in candidate.evaluations if math.isfinite(e.mean) and not e.name]
         plot_points(axes, evaluations, color=color, markersize=4, markeredgecolor="black")
         if not forecasts:
             shown += [y for _, y in evaluations]
@@ -75,7 +75,7 @@ def probes_figure(search: Search) -> Figure:
     add_legend(
         figure,
         ("training loss, running mean", line_key("0.4")),
-        (search.evaluated_by, line_key("0.4", "o", markeredgecolor="black")) if search.evaluated_by else None,
+        (search.evaluated_by, line_key("0.4", "o", markeredgecolor="black")) if _shows_evaluations(search) else None,
         (f"forecast to step {search.horizon:,}", line_key("0.4", "D", linestyle="--", markeredgecolor="black"))
         if forecasts
         else None,
@@ -83,6 +83,11 @@ def probes_figure(search: Search) -> Figure:
         ("chosen", line_key(RED, ">")) if chosen else None,
     )
     return figure
+
+
+def _shows_evaluations(search: Search) -> bool:
+    """What is no loss has no place on an axis of losses."""
+    return bool(search.evaluated_by) and not search.score_name
 
 
 def _forecast_curve(candidate: Candidate, horizon: int) -> tuple[Array, Array]:

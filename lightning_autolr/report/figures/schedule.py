@@ -54,7 +54,7 @@ def schedule_figure(pieces: Sequence[Piece], searches: Sequence[Search] = ()) ->
     figure, (top, bottom) = new_figure((1.15, 1))
     undone_steps = sum(p.segment.num_steps for p in pieces if p.segment.undone)
     searched = [s for s in searches if s.steps]
-    looks = [(s.step, s.base) for s in searches if s.kind == "look" and s.base is not None]
+    looks = [s for s in searches if s.kind == "look" and s.base is not None]
     for number, piece in enumerate(pieces):
         steps, lrs, style = rate_curve(piece)
         x = np.append(steps, piece.stop)
@@ -74,9 +74,8 @@ def schedule_figure(pieces: Sequence[Piece], searches: Sequence[Search] = ()) ->
         top.plot([s.step for s in searched], above, "v", transform=top.get_xaxis_transform(), **marks)
     for start, losses, undone in _stretches(pieces):
         _loss_curve(bottom, start, losses, GREY if undone else BLUE)
-    plot_points(bottom, looks, color=PURPLE, markersize=3.5, zorder=4)
-    shown = [x for p in pieces if not p.segment.undone for x in p.losses] + [y for _, y in looks]
-    limit_losses(bottom, shown)
+    shown = [x for p in pieces if not p.segment.undone for x in p.losses]
+    limit_losses(bottom, shown + _plot_looks(bottom, looks))
     bottom.set(xlabel="optimizer step of the run", ylabel="training loss", xlim=(0, max(1, pieces[-1].stop)))
     kept = sum(p.segment.num_steps for p in pieces) - undone_steps
     probed = sum(s.steps for s in searched)
@@ -87,9 +86,22 @@ def schedule_figure(pieces: Sequence[Piece], searches: Sequence[Search] = ()) ->
         ("learning rate and loss", line_key(BLUE)),
         ("searched here", line_key(ORANGE, "v")) if searched else None,
         ("undone", patch_key(facecolor="0.93", edgecolor="0.6", hatch="///")) if undone_steps else None,
-        ("loss on the evaluation batches", line_key(PURPLE, "o")) if looks else None,
+        (looks[-1].evaluated_by, line_key(PURPLE, "o")) if looks else None,
     )
     return figure
+
+
+def _plot_looks(axes: Axes, looks: Sequence[Search]) -> list[float]:
+    """Dots, and the losses among them; scores that are no losses have an axis of their own."""
+    points = [(look.step, look.base) for look in looks if look.base is not None]
+    style: dict[str, Any] = {"color": PURPLE, "markersize": 3.5, "zorder": 4}
+    if not looks or not looks[-1].score_name:
+        plot_points(axes, points, **style)
+        return [y for _, y in points]
+    right = axes.twinx()
+    plot_points(right, points, **style)
+    right.set_ylabel(looks[-1].score_name, color=PURPLE)
+    return []
 
 
 def _floor(pieces: Sequence[Piece]) -> float | None:

@@ -99,12 +99,19 @@ class Search:
         )
 
     @property
+    def score_name(self) -> str:
+        """What the evaluations are where they are not losses, see :class:`~lightning_autolr.core.requests.Evaluation`."""
+        answers = [entry.answer for entry in self.entries if isinstance(entry.answer, ProbeResult)]
+        return next((e.name for answer in answers for e in answer.evaluations), "")
+
+    @property
     def evaluated_by(self) -> str:
-        """What the evaluations of the candidates are, for figures; empty where there are none."""
-        if not any(candidate.evaluations for candidate in self.candidates):
+        """What the evaluations are, for figures; empty where there are none."""
+        answers = [entry.answer for entry in self.entries if isinstance(entry.answer, ProbeResult)]
+        if not any(answer.evaluations for answer in answers):
             return ""
         own = any(isinstance(entry.request, Probe) and entry.request.evaluate == "train" for entry in self.entries)
-        return "mean training loss, second half" if own else "loss on the evaluation batches"
+        return "mean training loss, second half" if own else f"{self.score_name or 'loss'} on the evaluation batches"
 
     @property
     def seconds(self) -> float:

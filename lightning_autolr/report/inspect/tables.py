@@ -40,7 +40,9 @@ def account_table(title: str, account: dict[str, Any], ended: bool) -> Table:
 
 def trained_table(pieces: Sequence[Piece], searches: Sequence[Search]) -> Table:
     """One row per piece of real training, or one for several between which nothing was decided."""
-    table = _table("What was trained, and why", "#", "steps", "learning rate<", "loss", "evaluated", "<", "why<")
+    names = {s.score_name for s in searches if s.kind == "look"}
+    evaluated = ", ".join(["evaluated", *sorted(names - {""})])
+    table = _table("What was trained, and why", "#", "steps", "learning rate<", "loss", evaluated, "<", "why<")
     looks = {s.step: s.base for s in searches if s.kind == "look"}
     searched = {s.step for s in searches if s.steps}
     for first, last in _shortened(_runs_of(pieces, searched), table):
@@ -64,7 +66,9 @@ def trained_table(pieces: Sequence[Piece], searches: Sequence[Search]) -> Table:
 
 def tried_table(searches: Sequence[Search]) -> Table:
     """One row per candidate, with what was chosen."""
-    columns = ("step", "search<", "learning rate", "score", "error", "steps", "s", "<")
+    names = {s.score_name for s in searches if s.candidates}
+    score = ", ".join(["score", *sorted(names - {""})])
+    columns = ("step", "search<", "learning rate", score, "error", "steps", "s", "<")
     table = _table("What was tried, and what was chosen", *columns)
     pairs = [pair for search in searches for pair in _tried(search)]
     last = None
