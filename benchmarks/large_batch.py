@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import seed_everything
-from pytorch_optimizer import Lamb
 from quiet import quiet_trainer
 from scipy import stats
 from torch import nn
@@ -85,6 +84,8 @@ def callback_of(method: str, epochs: int) -> SearchCallback | ScheduleCallback:
 
 def run(batch_size: int, method: str, lr: float | None, seed: int, epochs: int, folder: Path) -> dict[str, Any]:
     """One training, and what its warm-up found."""
+    from pytorch_optimizer import Lamb  # the tables want no optimizer
+
     seed_everything(seed, verbose=False)
     optimizer = partial(Lamb, lr=1e-2 if lr is None else lr, weight_decay=0.01)
     module = ClassificationTask(Perceptron(), optimizer=optimizer)

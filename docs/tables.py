@@ -1,4 +1,4 @@
-"""Write the tables of training quality into README and ``docs/search-quality.md``, out of ``benchmarks/results``.
+"""Write the tables of training quality into README and the pages of ``docs``, out of ``benchmarks/results``.
 
 python docs/tables.py            # after a benchmark was run
 python docs/tables.py --check    # only say whether they are what the results say
@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import large_batch  # noqa: E402
 import quality  # noqa: E402
 
 WIDE = {  # marker in search-quality.md, and file of results
@@ -82,6 +83,7 @@ def filled(page: Path, tables: dict[str, str]) -> str:
 def main(check: bool) -> None:
     pages = {
         ROOT / "docs/search-quality.md": {name: wide(results) for name, results in WIDE.items()},
+        ROOT / "docs/large-batch.md": {"large batch": large_batch.table(quality.read(RESULTS / "large_batch.jsonl"))},
         ROOT / "README.md": {"quality": summary()},
     }
     for page, tables in pages.items():

@@ -760,6 +760,10 @@ def test_table_from_a_file_in_yaml(tmp_path: Path) -> None:
     TABLE.to_file(path)
     class_path = "lightning_autolr.schedules.Tabulated.from_file"
     assert from_yaml({"class_path": class_path, "init_args": {"path": str(path)}}) == TABLE
+    stretched = from_yaml({"class_path": class_path, "init_args": {"path": str(path), "num_steps": 40}})
+    assert stretched == TABLE.kept().stretched(40)
+    with pytest.raises(ValueError, match="Expected num_steps to be an integer >= 1"):
+        Tabulated.from_file(path, num_steps=2.5)
 
 
 # -- torch schedulers --------------------------------------------------------------------------------------------------

@@ -58,6 +58,12 @@ class ScheduleCallback(SearchCallback):
                 f"{type(self).__name__} repeats the learning rates of a run that took up the ends of private probes (beam "
                 "search with several states does): a replay has not made their steps, and ends with other weights."
             )
+        if isinstance(followed, Tabulated) and run.total_steps not in (None, followed.length):
+            rank_zero_warn(
+                f"{type(self).__name__} repeats {followed.length} steps in a run of {run.total_steps}: a shorter run does not "
+                "come to its end, and a longer one goes on at its last learning rate. Set `max_steps` to its length, or "
+                f"stretch what it kept: `Tabulated.from_file(path, num_steps={run.total_steps})`."
+            )
         return Fixed(followed, self.peak_lr)
 
     @property

@@ -117,7 +117,7 @@ class Tabulated(Schedule):
 
         schedule:
           class_path: lightning_autolr.schedules.Tabulated.from_file
-          init_args: {path: schedule.json}
+          init_args: {path: schedule.json, num_steps: 5000}  # without num_steps: as it was found
     """
 
     segments: tuple[Segment, ...]
@@ -188,11 +188,12 @@ class Tabulated(Schedule):
         draft.replace(target)
 
     @staticmethod
-    def from_file(path: str | os.PathLike[str]) -> Tabulated:
+    def from_file(path: str | os.PathLike[str], num_steps: int | None = None) -> Tabulated:
         """Read what :meth:`to_file` wrote.
 
         Args:
             path: the file, ``schedule.json`` by custom.
+            num_steps: for a run of another length: what was kept, stretched over so many steps. None: all, as it was found.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -206,4 +207,4 @@ class Tabulated(Schedule):
             raise ValueError(f"Expected a schedule written by Tabulated.to_file in {path}, got: {error}") from error
         if not isinstance(value, Tabulated):
             raise ValueError(f"Expected a schedule written by Tabulated.to_file in {path}, got {value!r:.200}.")
-        return value
+        return value if num_steps is None else value.kept().stretched(as_count("num_steps", num_steps, low=1))

@@ -183,6 +183,7 @@ def case(request: pytest.FixtureRequest) -> Row:
     return request.param
 
 
+@pytest.mark.filterwarnings("ignore:ScheduleCallback repeats:UserWarning")
 def test_fits(case: Row, tmp_path: Path) -> None:
     callback, module = fit(case, tmp_path)
     assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
@@ -191,6 +192,7 @@ def test_fits(case: Row, tmp_path: Path) -> None:
         assert (tmp_path / "autolr" / "schedule.json").exists()
 
 
+@pytest.mark.filterwarnings("ignore:ScheduleCallback repeats:UserWarning")
 @pytest.mark.parametrize("settings", [{"accumulate_grad_batches": 2, "max_steps": 30}, {"precision": "bf16-mixed"}])
 def test_accumulates_and_runs_in_bf16(case: Row, settings: dict[str, Any], tmp_path: Path) -> None:
     _, module = fit(case, tmp_path, **settings)
@@ -208,6 +210,7 @@ class Crash(Callback):
 
 @pytest.mark.filterwarnings("ignore:.*changed from:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*undoes a stage:UserWarning")
+@pytest.mark.filterwarnings("ignore:ScheduleCallback repeats:UserWarning")
 def test_resumes_after_a_crash(case: Row, tmp_path: Path) -> None:
     def go(folder: Path, *more: Callback, ckpt_path: str | None = None) -> tuple[Any, Tiny]:
         seed_everything(0, verbose=False)

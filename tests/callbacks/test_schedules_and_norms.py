@@ -104,9 +104,22 @@ def test_past_its_end_a_schedule_stays(tmp_path: Path) -> None:
         Tabulated((Segment(99, 0.1), Segment(1, 0.2, Linear(2)))).stretched(20),
     ],
 )
+@pytest.mark.filterwarnings("ignore:ScheduleCallback repeats:UserWarning")
 def test_a_table_is_trained_as_it_says(table: Tabulated, tmp_path: Path) -> None:
     seen = run(Scheduled(), tmp_path, ScheduleCallback(table))
     assert [lr for _, lr in seen.lrs] == [table(step) for step in range(24)]
+
+
+@pytest.mark.parametrize("length", [20, 30])
+def test_a_found_schedule_of_another_length_is_told(length: int, tmp_path: Path) -> None:
+    found = Tabulated((Segment(5, 0.1), Segment(5, 0.3, undone=True), Segment(length - 10, 0.2, Linear(), back_to=1)))
+    found.to_file(path := tmp_path / "schedule.json")
+    with pytest.warns(UserWarning, match=rf"repeats {length} steps in a run of 24: .*num_steps=24"):
+        run(Scheduled(), tmp_path, ScheduleCallback(Tabulated.from_file(path)))
+    stretched = Tabulated.from_file(path, num_steps=24)
+    seen = run(Scheduled(), tmp_path, ScheduleCallback(stretched))  # a warning would be an error here
+    assert [lr for _, lr in seen.lrs] == [stretched(step) for step in range(24)]
+    assert seen.lrs[-1][1] < 0.03  # it comes to its end
 
 
 @pytest.mark.parametrize(
@@ -354,7 +367,7 @@ class Crash(Callback):
 
 
 @pytest.mark.parametrize("schedule", ZOO, ids=repr)
-@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning", "ignore:ScheduleCallback repeats:UserWarning")
 def test_every_schedule_is_fitted_and_resumed_after_a_crash(schedule: Schedule, tmp_path: Path) -> None:
     def go(*more: Callback, ckpt_path: str | None = None) -> list[torch.Tensor]:
         torch.manual_seed(0)
