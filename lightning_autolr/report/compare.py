@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -160,7 +161,7 @@ def compare_configs(
         console: where progress is shown.
 
     Raises:
-        ValueError: no seed, no configuration, or a number of jobs out of range.
+        ValueError: no seed, no configuration, a number of jobs out of range, or a metric that no run has.
     """
     if not configs or not seeds:
         raise ValueError(f"Expected at least one configuration and one seed, got {list(configs)} and {list(seeds)}.")
@@ -170,13 +171,15 @@ def compare_configs(
     todo = [Job.of(name, config, seed, out, equal_total_steps) for seed in seeds for name, config in configs.items()]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     runs = {}
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console) as progress, closing(run_jobs(todo, engine, jobs)) as finished:
         task = progress.add_task("runs", total=len(todo))
-        for run in run_jobs(todo, engine, jobs):
+        for run in finished:
             runs[run.name, run.seed] = run
-            outcome = run.error or f"{metric} {run.metrics.get(metric, math.nan):.4f}"
+            outcome = run.error or (f"{metric} {run.metrics[metric]:.4f}" if metric in run.metrics else f"no {metric}")
             progress.console.print(f"{run.name}, seed {run.seed}: {outcome}, {run.costs.get('seconds', 0.0):.0f} s")
             progress.advance(task)
+            if len(runs) >= len(configs):  # not only after all of them, where the name is misspelt
+                _check_metric(list(runs.values()), metric)
     comparison = summarize([runs[job.name, job.seed] for job in todo], metric)
     comparison.write(out)
     return comparison
@@ -186,9 +189,7 @@ def summarize(runs: Sequence[FinishedRun], metric: str) -> Comparison:
     """Means, errors and paired differences; the first run's configuration is the reference."""
     names = list(dict.fromkeys(run.name for run in runs))
     done = {(run.name, run.seed): run for run in runs if not run.error}
-    if done and not any(metric in run.metrics for run in done.values()):
-        known = sorted({name for run in done.values() for name in run.metrics})
-        raise ValueError(f"Expected a metric that the runs have, one of {known}, got {metric=}.")
+    _check_metric(runs, metric)
     methods = []
     for name in names:
         own = {seed: run for (n, seed), run in done.items() if n == name}
@@ -211,6 +212,15 @@ def summarize(runs: Sequence[FinishedRun], metric: str) -> Comparison:
             )
         )
     return Comparison(metric, tuple(runs), tuple(methods))
+
+
+def _check_metric(runs: Sequence[FinishedRun], metric: str) -> None:
+    known = {name for run in runs if not run.error for name in run.metrics}
+    if known and metric not in known:
+        raise ValueError(
+            f"Expected a metric that the runs have, one of {sorted(known)}, got {metric=}. Finished runs are kept and not made "
+            "again."
+        )
 
 
 def paired_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,7 +119,7 @@ def writing_to(folder: Path) -> list[str]:
     return ["--trainer.logger", json.dumps(loggers), "--trainer.default_root_dir", str(folder)]
 
 
-def run_jobs(jobs: Sequence[Job], engine: Literal["local", "ray"], parallel: int) -> Iterator[FinishedRun]:
+def run_jobs(jobs: Sequence[Job], engine: Literal["local", "ray"], parallel: int) -> Generator[FinishedRun, None, None]:
     """Make the runs that are not there, and yield all as they are finished.
 
     Args:

@@ -217,6 +217,23 @@ def test_finished_runs_are_not_repeated_and_changed_ones_are(
     assert sorted(log[8:]) == ["b-seed_0", "b-seed_1"]  # `a` has no search to count
 
 
+def test_a_misspelt_metric_is_told_after_the_first_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss(values: dict[str, Any]) -> float:
+        time.sleep(1.0 * (values["seed_everything"] > 0))  # while one of these runs, the others are called off
+        return 1.0
+
+    log: list[str] = []
+    monkeypatch.setattr(jobs, "_fit", pretend(loss, log))
+    configs = {"a": config(), "b": config(OURS)}
+    with pytest.raises(ValueError, match=r"one of \['test_loss'\], got metric='test_los'.*kept"):
+        compare(tmp_path, configs, metric="test_los", seeds=[0, 1, 2])
+    assert {"a-seed_0", "b-seed_0"} <= set(log)
+    assert len(log) < 6
+    made = len(log)
+    compare(tmp_path, configs, seeds=[0])
+    assert len(log) == made
+
+
 def test_failed_runs_are_shown_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def loss(values: dict[str, Any]) -> float:
         if values["seed_everything"] == 1:
