@@ -150,6 +150,11 @@ class SearchCallback(Callback):
         if stage != "fit":
             return
         self._loaded = None  # of another fit, or of a test of a checkpoint; what this fit resumes is loaded after this
+        if type(self) is SearchCallback:
+            raise MisconfigurationException(
+                "Expected a callback with a search of its own, got SearchCallback: use AutoLRSCallback or another subclass, or "
+                "write one that sets `search`."
+            )
         if self.searches:
             scored_by = self.objective if self.scores_candidates else None
             looks_at = None if self.ratchet is None else self.ratchet.objective

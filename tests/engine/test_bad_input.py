@@ -18,6 +18,7 @@ from lightning_autolr.callbacks.autolrs import AutoLRSCallback
 from lightning_autolr.callbacks.grad_norm import RefinedScheduleCallback
 from lightning_autolr.callbacks.schedule import ScheduleCallback
 from lightning_autolr.engine.checks import check_trainer
+from lightning_autolr.engine.driver import SearchCallback
 from lightning_autolr.schedules import Constant, Cosine, Segment, Tabulated
 from lightning_autolr.search.ratchet import Ratchet
 from tests.engine.small import Stages, Tiny, fit_tiny, loader
@@ -70,6 +71,11 @@ def test_a_misspelt_monitor_is_told_and_no_loss_taken_for_it(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"Expected `validation_step` to log 'val_accuracy'.*\['val_acc'\]"):
         fit_tiny(tmp_path, [Search(Stages(), monitor="val_accuracy", mode="max")], Returns())
     fit_tiny(tmp_path, [Search(Stages())], Returns())  # what is returned stands for "val_loss"
+
+
+def test_the_base_class_alone_has_no_search(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="Expected a callback with a search of its own"):
+        fit_tiny(tmp_path, [SearchCallback()])
 
 
 @pytest.mark.parametrize(
