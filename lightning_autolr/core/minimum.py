@@ -55,7 +55,7 @@ class Hyperparameters:
 
     def __post_init__(self) -> None:
         if not (self.scale > 0 and self.noise > 0):
-            raise ValueError(f"Expected scale > 0 and noise > 0, got {self.scale=} and {self.noise=}.")
+            raise ValueError(f"Expected scale > 0 and noise > 0, got scale={self.scale!r} and noise={self.noise!r}.")
 
 
 @dataclass(frozen=True, eq=False)

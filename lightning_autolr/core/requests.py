@@ -135,18 +135,22 @@ class Probe:
         _check_lr(self.lr)
         if self.num_steps < 0 or self.offset < 0 or self.draw < 0:
             raise ValueError(
-                f"Expected num_steps, offset and draw >= 0, got {self.num_steps=}, {self.offset=} and {self.draw=}."
+                f"Expected num_steps, offset and draw >= 0, got "
+                f"num_steps={self.num_steps!r}, offset={self.offset!r} and draw={self.draw!r}."
             )
         _resolve_shape(self)
         if self.evaluate_every is not None and self.evaluate_every < 1:
-            raise ValueError(f"Expected evaluate_every >= 1 or None, got {self.evaluate_every=}.")
+            raise ValueError(f"Expected evaluate_every >= 1 or None, got evaluate_every={self.evaluate_every!r}.")
         if self.evaluate == "train" and (self.num_steps < 2 or self.evaluate_every is not None):
             raise ValueError(  # the loss before the first step knows nothing of the learning rate
-                f"Expected two steps or more, and no evaluate_every, with evaluate='train', got {self.num_steps=} and "
-                f"{self.evaluate_every=}."
+                f"Expected two steps or more, and no evaluate_every, with evaluate='train', got "
+                f"num_steps={self.num_steps!r} and "
+                f"evaluate_every={self.evaluate_every!r}."
             )
         if (self.forecast_horizon is None) != (self.estimator is None):
-            raise ValueError(f"Expected both or neither, got {self.forecast_horizon=} and {self.estimator=}.")
+            raise ValueError(
+                f"Expected both or neither, got forecast_horizon={self.forecast_horizon!r} and estimator={self.estimator!r}."
+            )
 
 
 @dataclass(frozen=True)
@@ -178,9 +182,9 @@ class LineProbe:
     def __post_init__(self) -> None:
         _check_lr(self.lr)
         if not self.factors or not all(math.isfinite(f) and f >= 0 for f in self.factors):
-            raise ValueError(f"Expected at least one factor, all finite and >= 0, got {self.factors=}.")
+            raise ValueError(f"Expected at least one factor, all finite and >= 0, got factors={self.factors!r}.")
         if self.horizon < 1:
-            raise ValueError(f"Expected horizon >= 1, got {self.horizon=}.")
+            raise ValueError(f"Expected horizon >= 1, got horizon={self.horizon!r}.")
 
 
 @dataclass(frozen=True)
@@ -226,7 +230,7 @@ class Train:
     def __post_init__(self) -> None:
         _check_lr(self.lr)
         if self.num_steps is not None and self.num_steps < 1:
-            raise ValueError(f"Expected num_steps >= 1 or None, got {self.num_steps=}.")
+            raise ValueError(f"Expected num_steps >= 1 or None, got num_steps={self.num_steps!r}.")
         _resolve_shape(self)
 
 

@@ -46,9 +46,9 @@ class Observation:
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < math.inf:
-            raise ValueError(f"Expected a finite learning rate > 0, got {self.lr=}.")
+            raise ValueError(f"Expected a finite learning rate > 0, got lr={self.lr!r}.")
         if self.variance is not None and not 0 <= self.variance < math.inf:
-            raise ValueError(f"Expected a finite variance >= 0 or None, got {self.variance=}.")
+            raise ValueError(f"Expected a finite variance >= 0 or None, got variance={self.variance!r}.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -150,7 +150,7 @@ class SearchCallback(Callback):
         if stage != "fit":
             return
         self._loaded = None  # of another fit, or of a test of a checkpoint; what this fit resumes is loaded after this
-        if type(self) is SearchCallback:
+        if type(self) is SearchCallback and not hasattr(self, "search"):
             raise MisconfigurationException(
                 "Expected a callback with a search of its own, got SearchCallback: use AutoLRSCallback or another subclass, or "
                 "write one that sets `search`."

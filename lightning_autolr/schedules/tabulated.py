@@ -54,7 +54,7 @@ class Segment:
         check_number("lr", self.lr, low=0.0)
         if self.shape.absolute and self.lr != 1.0:
             raise ValueError(
-                f"Expected a shape of factors, or lr=1 with one of learning rates, got {self.lr=}, {self.shape}."
+                f"Expected a shape of factors, or lr=1 with one of learning rates, got lr={self.lr!r}, {self.shape}."
             )
         if not self.shape.is_resolved:
             replace_field(self, "shape", self.shape.stretched(self.num_steps))

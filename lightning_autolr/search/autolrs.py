@@ -130,28 +130,33 @@ class AutoLRS(AbstractSearch):
 
     def __post_init__(self) -> None:
         if self.tau < 1 or self.num_candidates < 1:
-            raise ValueError(f"Expected tau >= 1 and num_candidates >= 1, got {self.tau=} and {self.num_candidates=}.")
+            raise ValueError(
+                f"Expected tau >= 1 and num_candidates >= 1, got tau={self.tau!r} and num_candidates={self.num_candidates!r}."
+            )
         for name in ("min_lr", "max_lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"Expected {name} > 0 or None, got {value!r}.")
         if self.min_lr is not None and self.max_lr is not None and not self.min_lr <= self.max_lr:
-            raise ValueError(f"Expected min_lr <= max_lr, got {self.min_lr=} and {self.max_lr=}.")
+            raise ValueError(f"Expected min_lr <= max_lr, got min_lr={self.min_lr!r} and max_lr={self.max_lr!r}.")
         if self.search_budget is not None and not 0 < self.search_budget < 1:
-            raise ValueError(f"Expected 0 < search_budget < 1 or None, got {self.search_budget=}.")
+            raise ValueError(f"Expected 0 < search_budget < 1 or None, got search_budget={self.search_budget!r}.")
         if self.probe_steps is not None and self.probe_steps < 1:
-            raise ValueError(f"Expected probe_steps >= 1 or None, got {self.probe_steps=}.")
+            raise ValueError(f"Expected probe_steps >= 1 or None, got probe_steps={self.probe_steps!r}.")
         if self.objective == "train" and 1 in (self.probe_steps, self.coarse_steps):
             raise ValueError(f"Expected candidates of {_FEWEST} steps or more with objective='train', got {self!r}.")
         if self.coarse_steps is not None and self.coarse_steps < 0:
-            raise ValueError(f"Expected coarse_steps >= 0 or None, got {self.coarse_steps=}.")
+            raise ValueError(f"Expected coarse_steps >= 0 or None, got coarse_steps={self.coarse_steps!r}.")
         if not (0 <= self.warmup_fraction < 1 and 0 < self.anneal_fraction <= 1):
             raise ValueError(
-                f"Expected 0 <= warmup_fraction < 1 and 0 < anneal_fraction <= 1, got {self.warmup_fraction=} and "
-                f"{self.anneal_fraction=}."
+                f"Expected 0 <= warmup_fraction < 1 and 0 < anneal_fraction <= 1, got "
+                f"warmup_fraction={self.warmup_fraction!r} and "
+                f"anneal_fraction={self.anneal_fraction!r}."
             )
         if not (self.step > 1 and (self.caution is None or 0 < self.caution < math.inf)):
-            raise ValueError(f"Expected step > 1 and caution > 0 or None, got {self.step=} and {self.caution=}.")
+            raise ValueError(
+                f"Expected step > 1 and caution > 0 or None, got step={self.step!r} and caution={self.caution!r}."
+            )
 
     def plan(self, total_steps: int | None) -> Plan:
         """How a run of ``total_steps`` is used; None: nobody knows how long it is.

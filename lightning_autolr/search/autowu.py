@@ -168,23 +168,24 @@ class AutoWU(AbstractSearch):
 
     def __post_init__(self) -> None:
         if not 0 < self.min_lr < self.max_lr < math.inf:
-            raise ValueError(f"Expected 0 < min_lr < max_lr, got {self.min_lr=} and {self.max_lr=}.")
+            raise ValueError(f"Expected 0 < min_lr < max_lr, got min_lr={self.min_lr!r} and max_lr={self.max_lr!r}.")
         if not 0 < self.max_warmup_fraction < 1 or not 0 < self.cooldown_fraction <= 1:
             raise ValueError(
-                f"Expected 0 < max_warmup_fraction < 1 and 0 < cooldown_fraction <= 1, got {self.max_warmup_fraction=} "
-                f"and {self.cooldown_fraction=}."
+                f"Expected 0 < max_warmup_fraction < 1 and 0 < cooldown_fraction <= 1, got "
+                f"max_warmup_fraction={self.max_warmup_fraction!r} "
+                f"and cooldown_fraction={self.cooldown_fraction!r}."
             )
         if self.growth not in ("exponential", "linear"):
-            raise ValueError(f"Expected growth 'exponential' or 'linear', got {self.growth=}.")
+            raise ValueError(f"Expected growth 'exponential' or 'linear', got growth={self.growth!r}.")
         if self.patience < 1 or self.plateau_patience < 0 or not 0 < self.plateau_factor <= 1:
             raise ValueError(
-                f"Expected patience >= 1, plateau_patience >= 0 and 0 < plateau_factor <= 1, got {self.patience=}, "
-                f"{self.plateau_patience=} and {self.plateau_factor=}."
+                f"Expected patience >= 1, plateau_patience >= 0 and 0 < plateau_factor <= 1, got patience={self.patience!r}, "
+                f"plateau_patience={self.plateau_patience!r} and plateau_factor={self.plateau_factor!r}."
             )
         if self.test_every is not None and self.test_every < 1:
-            raise ValueError(f"Expected test_every >= 1 or None, got {self.test_every=}.")
+            raise ValueError(f"Expected test_every >= 1 or None, got test_every={self.test_every!r}.")
         if self.guard is not None and not self.guard > 1:
-            raise ValueError(f"Expected guard > 1 or None, got {self.guard=}.")
+            raise ValueError(f"Expected guard > 1 or None, got guard={self.guard!r}.")
         if self.decay.absolute:
             raise ValueError(f"Expected a decay of factors, got one of learning rates: {self.decay}.")
         self.test()  # checks its own options

@@ -82,19 +82,27 @@ class BeamSearch(AbstractSearch):
 
     def __post_init__(self) -> None:
         if self.beam_size < 1 or self.seed < 0:
-            raise ValueError(f"Expected beam_size >= 1 and seed >= 0, got {self.beam_size=} and {self.seed=}.")
+            raise ValueError(
+                f"Expected beam_size >= 1 and seed >= 0, got beam_size={self.beam_size!r} and seed={self.seed!r}."
+            )
         if len(set(self.factors)) < len(self.factors) or not 0 < min(self.factors, default=0) < 1:
-            raise ValueError(f"Expected distinct factors > 0, one of them below 1, got {self.factors=}.")
+            raise ValueError(f"Expected distinct factors > 0, one of them below 1, got factors={self.factors!r}.")
         if not 0 < self.min_lr < self.max_lr < math.inf:
-            raise ValueError(f"Expected 0 < min_lr < max_lr, got {self.min_lr=} and {self.max_lr=}.")
+            raise ValueError(f"Expected 0 < min_lr < max_lr, got min_lr={self.min_lr!r} and max_lr={self.max_lr!r}.")
         if self.start_lrs is not None and not (
             0 < len(self.start_lrs) <= self.beam_size and all(self._within(lr) == lr for lr in self.start_lrs)
         ):
-            raise ValueError(f"Expected 1 to {self.beam_size} start_lrs within the bounds, got {self.start_lrs=}.")
+            raise ValueError(
+                f"Expected 1 to {self.beam_size} start_lrs within the bounds, got start_lrs={self.start_lrs!r}."
+            )
         if self.objective not in ("train", "validation", "holdout"):
-            raise ValueError(f"Expected objective 'train', 'validation' or 'holdout', got {self.objective=}.")
+            raise ValueError(
+                f"Expected objective 'train', 'validation' or 'holdout', got objective={self.objective!r}."
+            )
         if self.interval is not None and self.interval < self._shortest:
-            raise ValueError(f"Expected interval >= {self._shortest} for {self.objective=}, got {self.interval=}.")
+            raise ValueError(
+                f"Expected interval >= {self._shortest} for objective={self.objective!r}, got interval={self.interval!r}."
+            )
 
     @property
     def _shortest(self) -> int:
@@ -108,7 +116,7 @@ class BeamSearch(AbstractSearch):
             raise ValueError("Expected an epoch of known length, got none. Give interval=<number of steps>.")
         if interval < self._shortest:
             raise ValueError(
-                f"Expected an epoch of {self._shortest} steps or more for {self.objective=}, got {interval}. Give "
+                f"Expected an epoch of {self._shortest} steps or more for objective={self.objective!r}, got {interval}. Give "
                 "interval=<number of steps>."
             )
         if self.objective == "validation" and not run.has_validation:

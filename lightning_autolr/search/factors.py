@@ -98,25 +98,28 @@ class FactorSearch(AbstractSearch):
 
     def __post_init__(self) -> None:
         if not self.factors or len(set(self.factors)) < len(self.factors) or not min(self.factors) > 0:
-            raise ValueError(f"Expected distinct factors > 0, got {self.factors=}.")
+            raise ValueError(f"Expected distinct factors > 0, got factors={self.factors!r}.")
         if not 0 < self.min_lr < self.max_lr < math.inf:
-            raise ValueError(f"Expected 0 < min_lr < max_lr, got {self.min_lr=} and {self.max_lr=}.")
+            raise ValueError(f"Expected 0 < min_lr < max_lr, got min_lr={self.min_lr!r} and max_lr={self.max_lr!r}.")
         if self.every != "epoch" and not (isinstance(self.every, int) and self.every >= 1):
-            raise ValueError(f"Expected every to be 'epoch' or a number of steps >= 1, got {self.every=}.")
+            raise ValueError(f"Expected every to be 'epoch' or a number of steps >= 1, got every={self.every!r}.")
         if self.initial_lr is not None and not self.min_lr <= self.initial_lr <= self.max_lr:
             raise ValueError(
-                f"Expected min_lr <= initial_lr <= max_lr, got {self.initial_lr=}, {self.min_lr=} and {self.max_lr=}."
+                f"Expected min_lr <= initial_lr <= max_lr, got "
+                f"initial_lr={self.initial_lr!r}, min_lr={self.min_lr!r} and max_lr={self.max_lr!r}."
             )
         if self.evaluate_on not in ("same", "next", "validation"):
             raise ValueError(f"Expected evaluate_on to be 'same', 'next' or 'validation', got {self.evaluate_on!r}.")
         if self.horizon < 1 or self.start_rounds < 1:
-            raise ValueError(f"Expected horizon and start_rounds >= 1, got {self.horizon=} and {self.start_rounds=}.")
+            raise ValueError(
+                f"Expected horizon and start_rounds >= 1, got horizon={self.horizon!r} and start_rounds={self.start_rounds!r}."
+            )
         if not 0 <= self.smoothing < 1:
-            raise ValueError(f"Expected 0 <= smoothing < 1, got {self.smoothing=}.")
+            raise ValueError(f"Expected 0 <= smoothing < 1, got smoothing={self.smoothing!r}.")
         if self.guard is not None and not self.guard > 1:
-            raise ValueError(f"Expected guard > 1 or None, got {self.guard=}.")
+            raise ValueError(f"Expected guard > 1 or None, got guard={self.guard!r}.")
         if self.back_off is not None and not self.back_off > 0:
-            raise ValueError(f"Expected back_off > 0 or None, got {self.back_off=}.")
+            raise ValueError(f"Expected back_off > 0 or None, got back_off={self.back_off!r}.")
         self._factor(
             LineResult(1.0, tuple(range(len(self._tried)))), 0
         )  # a wrong score option shows here, not in an hour

@@ -134,23 +134,30 @@ class PublishedAutoLRS(AbstractSearch):
     def __post_init__(self) -> None:
         low, high = self._bounds
         if not 0 < low <= high < math.inf:
-            raise ValueError(f"Expected 0 < min_lr <= max_lr, both finite, got {self.min_lr=} and {self.max_lr=}.")
+            raise ValueError(
+                f"Expected 0 < min_lr <= max_lr, both finite, got min_lr={self.min_lr!r} and max_lr={self.max_lr!r}."
+            )
         if not 1 <= self.tau <= self.tau_max:
-            raise ValueError(f"Expected 1 <= tau <= tau_max, got {self.tau=} and {self.tau_max=}.")
+            raise ValueError(f"Expected 1 <= tau <= tau_max, got tau={self.tau!r} and tau_max={self.tau_max!r}.")
         if not 1 <= self.num_candidates <= 100:
-            raise ValueError(f"Expected num_candidates from 1 to 100, got {self.num_candidates=}.")
+            raise ValueError(f"Expected num_candidates from 1 to 100, got num_candidates={self.num_candidates!r}.")
         if not 0 < self.probe_fraction < 1:
-            raise ValueError(f"Expected 0 < probe_fraction < 1, got {self.probe_fraction=}.")
+            raise ValueError(f"Expected 0 < probe_fraction < 1, got probe_fraction={self.probe_fraction!r}.")
         if not self.kappa >= 0:
-            raise ValueError(f"Expected kappa >= 0, got {self.kappa=}.")
+            raise ValueError(f"Expected kappa >= 0, got kappa={self.kappa!r}.")
         if self.objective not in ("auto", "train", "validation", "holdout"):
-            raise ValueError(f"Expected objective auto, train, validation or holdout, got {self.objective=}.")
+            raise ValueError(
+                f"Expected objective auto, train, validation or holdout, got objective={self.objective!r}."
+            )
         if self.estimator not in ("bounded", "reference"):
-            raise ValueError(f"Expected estimator bounded or reference, got {self.estimator=}.")
+            raise ValueError(f"Expected estimator bounded or reference, got estimator={self.estimator!r}.")
         if self.warmup_steps < 0 or not (self.warmup_lr is None or 0 < self.warmup_lr < math.inf):
-            raise ValueError(f"Expected warmup_steps >= 0, warmup_lr > 0, got {self.warmup_steps=}, {self.warmup_lr=}.")
+            raise ValueError(
+                f"Expected warmup_steps >= 0, warmup_lr > 0, got "
+                f"warmup_steps={self.warmup_steps!r}, warmup_lr={self.warmup_lr!r}."
+            )
         if self.seed < 0:
-            raise ValueError(f"Expected seed >= 0, got {self.seed=}.")
+            raise ValueError(f"Expected seed >= 0, got seed={self.seed!r}.")
 
     @property
     def _bounds(self) -> tuple[float, float]:
@@ -223,7 +230,8 @@ class PublishedAutoLRS(AbstractSearch):
         left = math.inf if run.total_steps is None else run.total_steps - self.warmup_steps
         if left < 1:
             raise ValueError(
-                f"Expected a run longer than its warm-up, got {run.total_steps} steps with {self.warmup_steps=}. Train "
+                f"Expected a run longer than its warm-up, got "
+                f"{run.total_steps} steps with warmup_steps={self.warmup_steps!r}. Train "
                 "longer, or warm up shorter."
             )
         return left

@@ -77,16 +77,16 @@ class RangeTest:
 
     def __post_init__(self) -> None:
         if not 0 < self.min_lr < self.max_lr < math.inf:
-            raise ValueError(f"Expected 0 < min_lr < max_lr, got {self.min_lr=} and {self.max_lr=}.")
+            raise ValueError(f"Expected 0 < min_lr < max_lr, got min_lr={self.min_lr!r} and max_lr={self.max_lr!r}.")
         if self.num_steps < 10 or self.repeats < 1 or self.chunk < 1 or self.seed < 0:
             raise ValueError(
-                f"Expected num_steps >= 10, repeats >= 1, chunk >= 1 and seed >= 0, got {self.num_steps=}, "
-                f"{self.repeats=}, {self.chunk=} and {self.seed=}."
+                f"Expected num_steps >= 10, repeats >= 1, chunk >= 1 and seed >= 0, got num_steps={self.num_steps!r}, "
+                f"repeats={self.repeats!r}, chunk={self.chunk!r} and seed={self.seed!r}."
             )
         if self.mode not in MODES or self.rule not in RULES:
             raise ValueError(f"Expected a mode out of {MODES} and a rule out of {[*RULES]}, got {self}.")
         if not self.width > 0:
-            raise ValueError(f"Expected width > 0, got {self.width=}.")
+            raise ValueError(f"Expected width > 0, got width={self.width!r}.")
 
     def measure(self) -> Generator[Request, Any, RangeSuggestion]:
         """Yield the climbs, return what they say; nothing is kept when they are over."""

@@ -59,8 +59,8 @@ class Ratchet:
     def __post_init__(self) -> None:
         if self.num_looks < 1 or self.longest_stage < 1 or self.patience < 1 or not self.shrink > 1:
             raise ValueError(
-                f"Expected num_looks, longest_stage and patience >= 1 and shrink > 1, got {self.num_looks=}, "
-                f"{self.longest_stage=}, {self.patience=} and {self.shrink=}."
+                f"Expected num_looks, longest_stage and patience >= 1 and shrink > 1, got num_looks={self.num_looks!r}, "
+                f"longest_stage={self.longest_stage!r}, patience={self.patience!r} and shrink={self.shrink!r}."
             )
         if self.objective not in ("validation", "holdout", None):
             raise ValueError(f"Expected objective to be 'validation', 'holdout' or None, got {self.objective!r}.")

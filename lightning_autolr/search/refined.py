@@ -35,11 +35,11 @@ class OnlineRefined(AbstractSearch):
 
     def __post_init__(self) -> None:
         if self.peak_lr is not None and not self.peak_lr > 0:
-            raise ValueError(f"Expected peak_lr > 0 or None, got {self.peak_lr=}.")
+            raise ValueError(f"Expected peak_lr > 0 or None, got peak_lr={self.peak_lr!r}.")
         if not 0 < self.every <= 1:
-            raise ValueError(f"Expected 0 < every <= 1, got {self.every=}.")
+            raise ValueError(f"Expected 0 < every <= 1, got every={self.every!r}.")
         if not 0 <= self.smoothing < 1:
-            raise ValueError(f"Expected 0 <= smoothing < 1, got {self.smoothing=}.")
+            raise ValueError(f"Expected 0 <= smoothing < 1, got smoothing={self.smoothing!r}.")
 
     def requests(self, run: Run) -> Requests:
         if run.total_steps is None:

@@ -62,7 +62,7 @@ class CharLMData(InMemoryData):
         num_train = len(text) - num_val - num_test
         if min(num_train, num_val, num_test) <= self.context:
             raise ValueError(
-                f"Expected every split to be longer than {self.context=}, got {num_train}, {num_val} and {num_test} "
+                f"Expected every split to be longer than context={self.context!r}, got {num_train}, {num_val} and {num_test} "
                 "bytes: use a longer text or a shorter context."
             )
         data = torch.from_numpy(np.frombuffer(text, np.uint8).copy())

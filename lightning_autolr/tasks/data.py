@@ -93,7 +93,7 @@ class InMemoryData(LightningDataModule, ABC):
         self.splits = self.load()
         if len(self.splits.train) < self.batch_size:
             raise ValueError(
-                f"Expected batch_size <= {len(self.splits.train)} training samples, got {self.batch_size=}."
+                f"Expected batch_size <= {len(self.splits.train)} training samples, got batch_size={self.batch_size!r}."
             )
 
     def train_dataloader(self) -> DataLoader[Batch]:
