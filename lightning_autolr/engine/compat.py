@@ -23,6 +23,7 @@ __all__ = [
     "OWNERS",
     "BatchNorm",
     "ValLoaders",
+    "average_models",
     "clone_combined",
     "clone_loader",
     "combined_loader",
@@ -70,6 +71,12 @@ _FOREIGN = sys.stdlib_module_names | {
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"_modules"}  # of torch's own: tensors and hooks
 OWNERS = frozenset({"_trainer", "_fabric"})  # attributes by which a module knows who runs it
 _UNSET = object()  # an attribute that is not there
+
+
+def average_models(trainer: Any) -> list[nn.Module]:
+    """Of callbacks that average the weights, such as ``EMAWeightAveraging``."""
+    found = (getattr(callback, "_average_model", None) for callback in trainer.callbacks)
+    return [model for model in found if isinstance(model, nn.Module)]
 
 
 def is_foreign(module: str) -> bool:

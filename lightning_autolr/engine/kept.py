@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_autolr.core.record import Record
 from lightning_autolr.core.requests import Answer, Probe, ProbeResult, Request
+from lightning_autolr.engine.compat import average_models
 from lightning_autolr.engine.probe import Prober
 
 __all__ = ["KeptStates"]
@@ -132,6 +133,7 @@ def _dump(trainer: Any, prober: Prober) -> dict[str, Any]:
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
             "precision": trainer.precision_plugin.state_dict(),
             "lr": prober.lr.memory,
+            "averages": [dict(model.state_dict()) for model in average_models(trainer)],
         }
     )
 
@@ -160,4 +162,6 @@ def _load(trainer: Any, prober: Prober, state: dict[str, Any]) -> None:
         config.scheduler.load_state_dict(copy.deepcopy(saved))
     if state["precision"]:
         trainer.precision_plugin.load_state_dict(state["precision"])
+    for model, saved in zip(average_models(trainer), state.get("averages", ()), strict=False):
+        model.load_state_dict(saved)
     prober.lr.memory.update(copy.deepcopy(state["lr"]))

@@ -17,7 +17,7 @@ from lightning_autolr.core.record import Cost
 from lightning_autolr.core.requests import Evaluation, LineProbe, LineResult, Probe, ProbeResult, Status, diverged
 from lightning_autolr.engine.batch_norm import updated_statistics
 from lightning_autolr.engine.batches import Draws, in_parts, mix, validation_batches
-from lightning_autolr.engine.compat import ValLoaders
+from lightning_autolr.engine.compat import ValLoaders, average_models
 from lightning_autolr.engine.evaluate import evaluate_first, evaluate_training_batches, validating
 from lightning_autolr.engine.files import Place, make_store
 from lightning_autolr.engine.line import answer_line_probe
@@ -163,11 +163,12 @@ class Prober:
 
     def keep(self, new_id: str) -> None:
         """Keep the present state of the real run."""
-        self._kept[new_id] = self._new_fork()
+        self._kept[new_id] = self._fork_of_all()
         self._kept[new_id].capture()
 
     def resume_from(self, state: str) -> None:
-        """Make a kept state the state of the real run; what the module has counted of the epoch stays.
+        """Make a kept state the state of the real run, averages of its weights included; what the module has counted of the
+        epoch stays.
 
         Entries of parameter groups that came since stay: whoever added them, such as the scheduler of a weight averaging,
         is not taken back, and reads them on.
@@ -186,13 +187,14 @@ class Prober:
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
-        """Put the present state back at the end of the block. Between sessions only: their copy is used."""
-        self._here.capture()
+        """Put the present state back at the end of the block."""
+        here = self._fork_of_all()
+        here.capture()
         try:
             yield
         finally:
-            self._here.restore()
-            self._here.release()
+            here.restore()
+            here.release()
 
     @property
     def kept(self) -> dict[str, Fork]:
@@ -260,6 +262,12 @@ class Prober:
 
     def _new_fork(self) -> Fork:
         return Fork(self._roots(), make_store(self._options.fork, self._strategy.checkpoint_io))
+
+    def _fork_of_all(self) -> Fork:
+        """With the averages of the weights, which no private step touches."""
+        fork = self._new_fork()
+        fork.roots += average_models(self.trainer)
+        return fork
 
     def _roots(self) -> list[object]:
         trainer = self.trainer

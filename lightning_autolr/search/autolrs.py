@@ -63,12 +63,12 @@ class AutoLRS(AbstractSearch):
     r"""One search for the peak, then a warm-up and a slow anneal to zero.
 
     1. **Search early.** Before the first step, candidates are trained privately on the same batches with their learning rate
-       going linearly to zero, and scored by the training losses of the second half of their steps: that costs nothing, and
-       is steadier than one validation at their end. Short, coarse ones find the order of magnitude: from the configured
-       learning rate on, in factors of ten. If a fresh network has learnt something in the best of them (a tenth of its first
-       loss is gone), they were long enough: one or two more between the best and its neighbours, and that is all. Else, from
-       a little below the best, few long ones climb in factors of ``step`` until the best is bracketed, then a Gaussian
-       process refines it; it stops when no candidate is expected to gain more than the scores' noise.
+       going linearly to zero, and scored by the training losses of the second half of their steps: that costs nothing, and is
+       steadier than one validation at their end. Short, coarse ones find the order of magnitude: from the configured learning
+       rate on, in factors of ten. If the network is trained already, or has learnt something in the best of them (a tenth of
+       its first loss is gone), they were long enough: one or two more between the best and its neighbours, and that is all.
+       Else, from a little below the best, few long ones climb in factors of ``step`` until the best is bracketed, then a
+       Gaussian process refines it; it stops when no candidate is expected to gain more than the scores' noise.
     2. **No later searches.** Short probes taken later only ever say "lower" (short-horizon bias, Wu et al. 2018, arXiv
        1803.02021). The peak is the best candidate's learning rate divided by ``caution``, since a run is longer than a probe:
        at least halved for a fresh network, which a high rate helps off its first plateau, doubled for one that is trained
@@ -183,7 +183,7 @@ class AutoLRS(AbstractSearch):
     def _length(self, total_steps: int | None) -> int:
         return 10 * self.tau if total_steps is None else total_steps
 
-    def _probe_steps(self, length: int, used: int, trained: bool = False) -> int:
+    def _probe_steps(self, length: int, used: int) -> int:
         """Steps of a long candidate when short ones took ``used``."""
         if self.probe_steps is not None:
             return self.probe_steps
@@ -194,12 +194,12 @@ class AutoLRS(AbstractSearch):
         elif self._is_short(length):
             shortest = min(_SHORT_PROBE, length // 16)
         else:
-            shortest = self._enough(length, trained)
+            shortest = self._enough(length)
         return max(_FEWEST if self.objective == "train" else 1, share, shortest)
 
-    def _enough(self, length: int, trained: bool = False) -> int:
-        """Steps with which a candidate of a run of this length sees what it likes; a trained network is on no plateau."""
-        return min(_ENOUGH, length // (40 if trained else 25))
+    def _enough(self, length: int) -> int:
+        """Steps with which a candidate of a run of this length sees what it likes."""
+        return min(_ENOUGH, length // 25)
 
     def describe(self, run: Run) -> str:
         """The plan and its cost."""
@@ -249,13 +249,13 @@ class AutoLRS(AbstractSearch):
             yield from self._try(coarse, run.lr, plan.coarse_steps, _MOST_COARSE, "coarse")
         permuted = yield from self._permuted(coarse, plan)
         trained = _is_trained(coarse, permuted)
-        if _learns(coarse) and not trained:
+        if trained or _learns(coarse):
             ladders, num_steps = [coarse], plan.coarse_steps
             yield from self._close_in(coarse, num_steps)
         else:
             start = coarse.best / self.step if coarse.results else run.lr  # longer candidates like lower rates
             ladders = [coarse, self._longer_ladder(start, length, coarse.limit)]
-            num_steps = self._probe_steps(length, len(coarse.results) * plan.coarse_steps, trained)
+            num_steps = self._probe_steps(length, len(coarse.results) * plan.coarse_steps)
             yield from self._try(ladders[1], start, num_steps, self.num_candidates, "candidate")
             permuted = permuted or (yield from self._permuted(ladders[1], plan))
         found = ladders[-1]

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import BaseFinetuning, Callback, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    Callback,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -102,3 +109,28 @@ def test_resumes_where_a_kept_state_is_from_before(tmp_path: Path, make: Any) ->
         module, other = make()
         resumed = outcome(*fit(tmp_path, [guarded(), other], module, path, enable_checkpointing=False))
         assert differences(whole, resumed) == [], step
+
+
+class Exploding(Plain):
+    """Its weights are broken from some step on."""
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.trainer.global_step == 18:
+            for parameter in self.parameters():
+                parameter.grad.fill_(math.inf)  # type: ignore[union-attr]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.* a training loss was not finite", "ignore:.* took back", "ignore:.* undoes a stage", "ignore:Be aware"
+)
+@pytest.mark.parametrize("resumes", [False, True])
+def test_an_undo_takes_the_average_back_too(tmp_path: Path, resumes: bool) -> None:
+    """Otherwise one divergence would break it for good, and the run ends on the average."""
+    ema, module = EMAWeightAveraging(decay=0.5), Exploding()
+    checkpoint = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=15, filename="{step}")
+    trainer, module = fit(tmp_path, [guarded(), ema, checkpoint], module)
+    if resumes:
+        ema = EMAWeightAveraging(decay=0.5)
+        trainer, module = fit(tmp_path, [guarded(), ema], Exploding(), ckpt_path=tmp_path / "step=15.ckpt")
+    assert trainer.callbacks[0].summary["undone_steps"] > 0
+    assert all(bool(parameter.isfinite().all()) for parameter in module.parameters())

@@ -384,19 +384,9 @@ def test_a_trained_network_wants_a_higher_peak_than_its_probes(
     first: float, permuted: tuple[float, ...], factor: float
 ) -> None:
     best, peak, asked = peak_of(AutoLRS(), first, ProbeResult(permuted))
-    assert {q.num_steps for q in asked} == {10, 50, 1}
+    assert {q.num_steps for q in asked} == ({10, 1} if factor > 1 else {10, 50, 1})  # a trained one is on no plateau
     assert peak == pytest.approx(factor * best, rel=0.2)
     assert [(q.num_steps, q.draw) for q in asked if q.permuted] == [(1, asked[0].draw)]
-
-
-def test_a_trained_network_gets_long_candidates_even_where_it_learns() -> None:
-    requests = AutoLRS().requests(Run(total_steps=1000, lr=0.1))
-    request, asked = next(requests), []
-    while isinstance(request, Probe):
-        asked.append(request.num_steps)
-        losses = (5.0,) if request.permuted else (1.0, *(0.1 + abs(math.log(request.lr)),) * (request.num_steps - 1))
-        request = requests.send(ProbeResult(losses, (Evaluation.of_training(losses),)))
-    assert asked.count(25) > 2  # a 40th of the run; fresh ones have a 25th
 
 
 def test_whether_it_is_trained_is_not_asked_where_it_does_not_matter() -> None:
