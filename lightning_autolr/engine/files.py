@@ -119,10 +119,17 @@ def make_store(place: Place, checkpoint_io: Any) -> Store:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two dense tensors of one shape and dtype hold the same, NaN and the sign of zero included."""
-    bits = _BITS.get(a.element_size())
-    if bits is None or a.is_quantized:
+    if a.is_quantized:
         return False
-    return torch.equal(a.detach().view(bits), b.detach().view(bits))
+    return torch.equal(_bits_of(a), _bits_of(b))
+
+
+def _bits_of(tensor: Tensor) -> Tensor:
+    """As whole numbers; a view that conjugates or negates what lies in memory cannot be read as such."""
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.dtype is torch.complex128:  # wider than any whole number
+        tensor = torch.view_as_real(tensor)
+    return tensor.view(_BITS[tensor.element_size()])
 
 
 def _put_back(targets: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
@@ -145,7 +152,9 @@ def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
             # Made by user code in inference mode (a list of validation outputs, say): writable only there.
             with torch.inference_mode():
                 target.copy_(source)
-        elif target.layout is not torch.strided:
+        elif (
+            target.layout is not torch.strided or target.is_conj() or target.is_neg()
+        ):  # no launch takes these with others
             target.copy_(source)
         else:
             group = groups.setdefault((target.device, source.device, target.dtype), ([], []))

@@ -24,7 +24,7 @@ from lightning_autolr.engine.line import answer_line_probe
 from lightning_autolr.engine.lr import LearningRate
 from lightning_autolr.engine.permute import permute_weights
 from lightning_autolr.engine.quiet import LogSink, deferred_signals, quiet
-from lightning_autolr.engine.randomness import Generator, RandomState, generators_of
+from lightning_autolr.engine.randomness import Generator, RandomState, generators_of, restore_of
 from lightning_autolr.engine.ranks import gather, mean_over_ranks
 from lightning_autolr.engine.state import Fork, take_gradients
 from lightning_autolr.engine.steps import batches_per_step, index_in_epoch, private_step, to_device
@@ -168,14 +168,18 @@ class Prober:
 
     def resume_from(self, state: str) -> None:
         """Make a kept state the state of the real run, averages of its weights included; what the module has counted of the
-        epoch stays.
+        epoch stays, and so do generators.
 
         Entries of parameter groups that came since stay: whoever added them, such as the scheduler of a weight averaging,
         is not taken back, and reads them on.
         """
         before = [[dict(group) for group in optimizer.param_groups] for optimizer in self.trainer.optimizers]
+        # The data go on, and what is drawn for them: noise that was seen must not come again.
+        put_back = [restore_of(generator) for generator in generators_of([*self._module.modules(), *self._roots()])]
         with tallies_stay(self._module):
             self._known(state).restore()
+        for put_generator_back in put_back:
+            put_generator_back()
         for optimizer, groups in zip(self.trainer.optimizers, before, strict=True):
             for group, old in zip(optimizer.param_groups, groups, strict=False):  # there may be fewer now
                 group.update({key: value for key, value in old.items() if key not in group})

@@ -31,7 +31,7 @@ class Progress:
         if isinstance(self._bar, TQDMProgressBar):
             bar = self._bar.train_progress_bar
             self._before = bar.desc if self._before is None else self._before
-            bar.set_description(text)
+            bar.set_description_str(text)  # as it is: the bar's own text ends in a colon already
         elif isinstance(self._bar, RichProgressBar) and self._bar.progress is not None:
             task = self._bar.progress.tasks[self._bar.train_progress_bar_id]  # type: ignore[index]
             self._before = task.description if self._before is None else self._before

@@ -6,22 +6,40 @@ import copy
 import signal
 import threading
 from argparse import Namespace
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import date, time, timedelta
+from enum import Enum
+from numbers import Number
 from pathlib import PurePath
 from types import FrameType
 from typing import Any
 
+import numpy as np
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
-__all__ = ["LogSink", "SavedInSearchError", "deferred_signals", "quiet"]
+__all__ = ["LogSink", "SavedInSearchError", "UsedInSearchError", "deferred_signals", "quiet"]
 
-_PLAIN = (type(None), str, bytes, int, float, PurePath)
-_CONTAINERS = (dict, list, set, tuple, Namespace)
+_PLAIN = (
+    type(None), str, bytes, frozenset, Number, np.generic, Enum, PurePath, date, time, timedelta, torch.dtype, torch.device,
+)  # fmt: skip
+_CONTAINERS = (dict, list, set, deque, tuple, Namespace)
 _READS = {"get_logdir"}  # methods that are called for what they return
+
+_NOTHING = object()  # what a stand-in stands for where there is no original
+# What user code does with a number, a text or a path; a stand-in has none of them to give.
+_USES = [
+    f"__{use}__" for use in
+    ("lt", "le", "gt", "ge", "neg", "pos", "abs", "round", "int", "float", "complex", "index", "fspath")
+] + [
+    f"__{side}{use}__" for side in ("", "r")
+    for use in ("add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow", "matmul", "and", "or", "xor")
+]  # fmt: skip
 
 _MAY_WAIT = frozenset(set(signal.Signals) - {signal.SIGINT, signal.SIGCHLD})
 
@@ -53,26 +71,37 @@ def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
 
 
 class _Silence:
-    """Stands in for a logger's object, an experiment say: what is plain in it can be read, all else is done to nothing."""
+    """Stands in for a logger's object, an experiment say: what is plain in it can be read, all else is done to nothing.
 
-    def __init__(self, original: Any) -> None:
-        vars(self).update(_original=original)  # past our own `__setattr__`
+    Args:
+        original: the object.
+        name: how user code came to it, for messages.
+    """
+
+    def __init__(self, original: Any, name: str) -> None:
+        vars(self).update(_original=original, _name=name)  # past our own `__setattr__`
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # what `isinstance` asks for
+        return _Silence if self._original is _NOTHING else type(self._original)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # such as what `copy` and `pickle` look for
             raise AttributeError(name)
-        value = getattr(self._original, name, self)
-        if isinstance(value, _CONTAINERS):
-            return copy.copy(value)
-        return value if isinstance(value, _PLAIN) or name in _READS else _Silence(value)
+        value = getattr(self._original, name, _NOTHING)
+        return value if name in _READS and value is not _NOTHING else _own(value, f"{self._name}.{name}", {})
 
     def __setattr__(self, name: str, value: Any) -> None: ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _Silence(None)
+        return _Silence(_NOTHING, f"{self._name}()")
 
     def __getitem__(self, key: Any) -> Any:
-        return _Silence(None)
+        try:
+            value = self._original[key] if hasattr(type(self._original), "__getitem__") else _NOTHING
+        except LookupError:  # it may have been set in this step, which was done to nothing
+            value = _NOTHING
+        return _own(value, f"{self._name}[{key!r}]", {})
 
     def __setitem__(self, key: Any, value: Any) -> None: ...
 
@@ -91,6 +120,41 @@ class _Silence:
     def __exit__(self, *error: object) -> None: ...
 
 
+def _refuse_to_be_used(self: _Silence, *args: Any) -> Any:
+    raise UsedInSearchError(
+        f"Expected nothing to be computed from `{self._name}` while learning rates are tried, since loggers are silent then: "
+        "their methods are not called. Read it before training, in `on_fit_start` say, and keep it in an attribute."
+    )
+
+
+for _use in _USES:
+    setattr(_Silence, _use, _refuse_to_be_used)
+
+
+def _own(value: Any, name: str, memo: dict[int, Any]) -> Any:
+    """What may be read of a logger: plain values, copies of what could be written into, and stand-ins for all else."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, tuple):
+        items = [_own(item, name, memo) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if not isinstance(value, _CONTAINERS):
+        return value if isinstance(value, _PLAIN) else _Silence(value, name)
+    copied = memo[id(value)] = copy.copy(value)
+    if isinstance(copied, (dict, Namespace)):
+        entries = copied if isinstance(copied, dict) else vars(copied)
+        for key, item in entries.items():  # one by one: `update` of a `Counter` adds
+            entries[key] = _own(item, name, memo)
+    elif isinstance(copied, (list, deque)):
+        for i, item in enumerate(copied):
+            copied[i] = _own(item, name, memo)
+    return copied
+
+
 class _SilentLogger(DummyLogger):
     """Looks like a logger, says where it writes, and writes nothing."""
 
@@ -103,11 +167,11 @@ class _SilentLogger(DummyLogger):
         return type(self._original)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(_Silence(self._original), name)
+        return getattr(_Silence(self._original, "logger"), name)
 
     @property
     def experiment(self) -> Any:
-        return _Silence(getattr(self._original, "experiment", None))
+        return _own(getattr(self._original, "experiment", _NOTHING), "logger.experiment", {})
 
     @property
     def name(self) -> Any:
@@ -148,6 +212,10 @@ class _SilentCallback(Callback):
 
 class SavedInSearchError(Exception):
     """The module asked for a checkpoint in the midst of a probe."""
+
+
+class UsedInSearchError(Exception):
+    """The module computes with what a logger would have returned, had it been asked."""
 
 
 @contextmanager

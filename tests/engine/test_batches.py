@@ -201,3 +201,14 @@ def test_unchanged_writes_only_what_changed() -> None:
         x.zero_()
     assert x.tolist() == [1, 1]
     assert y._version == version
+
+
+@pytest.mark.parametrize("kind", ["conjugate", "negative", "expanded"])
+def test_unchanged_reads_complex_views(kind: str) -> None:
+    z = torch.ones(4, 1, dtype=torch.complex128 if kind == "expanded" else torch.complex64).mul_(1 + 2j)
+    view = {"conjugate": z.conj(), "negative": z.conj().imag, "expanded": z.expand(-1, 3)}[kind]
+    before = view.clone()
+    with unchanged(view):
+        if kind != "expanded":  # nothing could be written back to what lies in memory once only
+            z.zero_()
+    assert torch.equal(view, before)

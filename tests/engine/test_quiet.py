@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from argparse import Namespace
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
+from lightning_autolr.engine.quiet import UsedInSearchError
 from tests.engine.small import Stages, Tiny, fit_tiny
 from tests.engine.subjects import Search
 
@@ -110,6 +117,113 @@ def test_what_is_done_to_a_logger_in_a_search_is_done_to_nothing(tmp_path: Path)
     made = [1, 4, ("step", 4), 1, 8, ("step", 8)]  # two real validations, and eight private ones
     assert sorted(logger.summary.items, key=str) == sorted(made, key=str)
     assert logger.summary.config == {"lr": 2.0}
+
+
+class Settings:
+    """Like the settings of a service: read by name, and no dictionary."""
+
+    def __init__(self) -> None:
+        self.values = {"temperature": 2.0, "layers": [1, 2], "run": self}
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+
+class Recorded(Service):
+    """Has a record of its own, and methods that return something."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.history: dict[str, Any] = defaultdict(list, loss=[], best=({"rows": deque([0])},))
+        self.history["itself"] = self.history
+        self.notes, self.counts = Namespace(rows=[]), Counter(steps=1)
+        self.best, self.scores = torch.tensor(1.0), np.ones(2)
+        self.stage, self.begun, self.summaries = Stage.FIRST, datetime(2025, 1, 1), [Summary()]
+        self.settings, self.calls = Settings(), 0
+
+    def count(self) -> int:
+        self.calls += 1
+        return self.calls
+
+    def where(self) -> str:
+        return str(self.log_dir)
+
+
+class Stage(Enum):
+    FIRST = 1
+
+
+class Records(Tiny):
+    """Writes into the logger's own record, at any depth."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logger: Any = self.logger
+        logger.history["loss"].append(1.0)
+        logger.history["new"].append(1.0)
+        logger.history["itself"]["itself"]["loss"].append(1.0)
+        logger.history["best"][0]["rows"].append(1)
+        logger.notes.rows.append(1)
+        logger.summaries[0].add(1)
+        logger.best.add_(1)
+        logger.scores[0] += 1
+        logger.settings["layers"].append(3)
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_record_of_a_logger_hears_of_real_steps_only(tmp_path: Path) -> None:
+    logger = Recorded(tmp_path)
+    search = Search(Stages())
+    fit_tiny(tmp_path, [search], Records(), logger=logger)
+    assert search.summary["probe_steps"] > 0
+    assert [len(logger.history[name]) for name in ("loss", "new")] == [12, 6]
+    assert len(logger.history["best"][0]["rows"]) == 7
+    assert len(logger.notes.rows) == len(logger.summaries[0].items) == 6
+    assert [float(logger.best), *logger.scores] == [7, 7, 1]
+    assert len(logger.settings["layers"]) == 8
+
+
+class Reads(Tiny):
+    """Computes with what its logger holds."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logger: Any = self.logger
+        loss = super().training_step(batch, batch_idx)
+        assert (loss.detach() < logger.best) in (True, False)
+        assert logger.scores.sum() == 2
+        assert logger.counts["steps"] == 1
+        assert logger.stage is Stage.FIRST
+        assert logger.begun < datetime(2026, 1, 1)
+        assert isinstance(logger.experiment, Summary)
+        assert isinstance(logger.settings["run"], Settings)
+        logger.settings["absent"] if logger is not self.original else None
+        return loss / logger.settings["temperature"]
+
+
+def test_what_a_logger_holds_can_be_computed_with(tmp_path: Path) -> None:
+    search, module = Search(Stages()), Reads()
+    module.original = Recorded(tmp_path)
+    fit_tiny(tmp_path, [search], module, logger=module.original)
+    assert search.summary["probe_steps"] > 0
+
+
+USES: dict[str, Callable[[Any], Any]] = {
+    "logger.count()": lambda logger: logger.count() > 5,
+    "logger.where()": lambda logger: os.path.join(logger.where(), "x"),
+    "logger.experiment.add()": lambda logger: torch.ones(2) / logger.experiment.add(1),
+    "logger.experiment.best": lambda logger: 1 + logger.experiment.best,
+    "logger.settings['run']": lambda logger: float(logger.settings["run"]),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_what_a_logger_would_have_returned_cannot_be_computed_with(name: str, tmp_path: Path) -> None:
+    class Uses(Tiny):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            USES[name](self.logger)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(UsedInSearchError, match=re.escape(f"computed from `{name}` while")):
+        fit_tiny(tmp_path, [Search(Stages())], Uses(), logger=Recorded(tmp_path))
 
 
 def test_a_module_finds_its_logger_and_callbacks(tmp_path: Path) -> None:

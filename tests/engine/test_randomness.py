@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from lightning_autolr.core.requests import Probe
+from lightning_autolr.core.requests import Probe, Requests, Run, Train
 from lightning_autolr.engine import batches
 from lightning_autolr.engine.randomness import RandomState, generators_of
+from lightning_autolr.search.base import AbstractSearch
 from tests.engine.small import Stages, Tiny, fit_tiny
 from tests.engine.subjects import NoisyData, Search
 
@@ -183,6 +185,37 @@ def test_generators_are_looked_for_where_data_are_not() -> None:
     ring: dict[str, Any] = {"generator": few[0]}
     ring["self"] = ring
     assert generators_of([ring]) == [few[0]]
+
+
+class Draws(Tiny):
+    """Draws once for each batch."""
+
+    def __init__(self, generator: Any) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        DRAWN.append(draw(self.generator))
+
+
+DRAWN: list[float] = []  # not in the module, where an undo could put it back
+
+
+@dataclass(frozen=True)
+class GoesBack(AbstractSearch):
+    """Trains, and again from where it began."""
+
+    def requests(self, run: Run) -> Requests:
+        first = yield Train(0.1, 4, keep_start=True)
+        yield Train(0.01, None, start=first.start, release=(first.start,))
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_an_undo_does_not_turn_the_generator_of_a_module_back(name: str, tmp_path: Path) -> None:
+    DRAWN.clear()
+    fit_tiny(tmp_path, [Search(GoesBack())], Draws(MAKES[name]()), max_steps=10)
+    other = MAKES[name]()
+    assert [draw(other) for _ in range(10)] == DRAWN
 
 
 @pytest.mark.parametrize("name", MAKES)

@@ -521,7 +521,37 @@ def test_same_bits() -> None:
     a = torch.tensor([1.0, math.nan, 0.0])
     assert same_bits(a, a.clone())
     assert not same_bits(a, torch.tensor([1.0, math.nan, -0.0]))
-    for dtype in (torch.bool, torch.int64, torch.bfloat16, torch.complex64):
+    for dtype in (torch.bool, torch.int64, torch.bfloat16, torch.complex64, torch.complex128):
         one, other = torch.zeros(3, 2, dtype=dtype).t(), torch.ones(3, 2, dtype=dtype).t()
         assert same_bits(one, one.clone())
         assert not same_bits(one, other)
+
+
+LAZY = {
+    "conjugate": lambda: torch.ones(4, 2, dtype=torch.complex64).mul_(1 + 2j).conj(),
+    "wide conjugate": lambda: torch.ones(4, 2, dtype=torch.complex128).mul_(1 + 2j).conj(),
+    "negative": lambda: torch.ones(4, 2, dtype=torch.complex64).mul_(1 + 2j).conj().imag,
+}
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_same_bits_of_views_that_are_computed_when_they_are_read(name: str) -> None:
+    """What counts is what a reader gets, not what lies in memory."""
+    view = LAZY[name]()
+    assert same_bits(view, view.clone())
+    assert not same_bits(view, -view)
+    assert same_bits(view[:, :1].expand(-1, 3), view[:, :1].expand(-1, 3).clone())
+
+
+@pytest.mark.parametrize("place", STORES)
+@pytest.mark.parametrize("name", LAZY)
+def test_buffers_that_are_views_of_that_kind(name: str, place: str) -> None:
+    module = nn.Module()
+    module.register_buffer("view", LAZY[name]())
+    before = module.view.clone()
+    fork = Fork([module], STORES[place]())
+    fork.capture()
+    module.view.zero_()
+    fork.restore()
+    fork.release()
+    assert torch.equal(module.view, before)
