@@ -36,6 +36,7 @@ __all__ = [
     "hooked_optimizer",
     "inner_schedulers",
     "is_foreign",
+    "is_named_tuple",
     "is_sequential",
     "is_view",
     "local_tensor",
@@ -82,6 +83,10 @@ def average_models(trainer: Any) -> list[nn.Module]:
 def is_foreign(module: str) -> bool:
     """Whether code is Python's, torch's, Lightning's or of one of the packages around them: it knows what is in its objects."""
     return module.partition(".")[0] in _FOREIGN
+
+
+def is_named_tuple(value: Any) -> bool:
+    return hasattr(value, "_fields")
 
 
 def remove_log_methods(callback: Any) -> None:

@@ -23,6 +23,8 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
+from lightning_autolr.engine.compat import is_named_tuple
+
 __all__ = ["LogSink", "SavedInSearchError", "UsedInSearchError", "deferred_signals", "quiet"]
 
 _PLAIN = (
@@ -141,7 +143,7 @@ def _own(value: Any, name: str, memo: dict[int, Any]) -> Any:
         return value.copy()
     if isinstance(value, tuple):
         items = [_own(item, name, memo) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        return type(value)(*items) if is_named_tuple(value) else tuple(items)
     if not isinstance(value, _CONTAINERS):
         return value if isinstance(value, _PLAIN) else _Silence(value, name)
     copied = memo[id(value)] = copy.copy(value)

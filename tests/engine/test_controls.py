@@ -96,6 +96,11 @@ def _without_loader_clone(patch: Patch) -> None:
     patch.setattr(batches, "generators_of", lambda roots: [])  # else its own generator is put back
 
 
+def _without_own_generators(patch: Patch) -> None:
+    _not_visiting(lambda obj: isinstance(obj, torch.Generator))(patch)
+    patch.setattr("lightning_autolr.engine.probe.generators_of", lambda roots: [])
+
+
 _SCALED = Options(
     "adamw", precision_plugin=lambda: MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", growth_interval=3))
 )
@@ -105,7 +110,7 @@ CONTROLS: dict[str, tuple[Options, Callable[[Patch], None]]] = {
     "scaler": (_SCALED, _without_roots(torch.amp.GradScaler)),
     "module attributes": (Options(), _left_alone("count", "history", "notes")),
     "objects of the user's classes": (Options(), _not_visiting(lambda obj: isinstance(obj, Meter))),
-    "module's own generator": (Options(), _not_visiting(lambda obj: isinstance(obj, torch.Generator))),
+    "module's own generator": (Options(), _without_own_generators),
     "metric states": (Options(), _not_visiting(lambda obj: isinstance(obj, Metric))),
     "non-persistent buffers": (Options(), _persistent_buffers_only),
     "log capture": (Options(), _without_log_capture),
