@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -79,7 +80,16 @@ def test_the_base_class_alone_has_no_search(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"anneal": "Rex"}, {"anneal": Cosine}, {"tau": 2.5}, {"ratchet": "yes"}, {"seed": 1.5}]
+    "options",
+    [
+        {"anneal": "Rex"},
+        {"anneal": Cosine},
+        {"tau": 2.5},
+        {"ratchet": "yes"},
+        {"seed": 1.5},
+        {"search_callbacks": Callback()},
+        {"probe_dataloader": {"class_path": "torch.utils.data.DataLoader"}},
+    ],
 )
 def test_values_of_another_kind_are_told_before_anything_is_trained(options: dict[str, Any]) -> None:
     with pytest.raises((TypeError, ValueError), match=r"^Expected "):
