@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, Literal
 
 from lightning.fabric.utilities import move_data_to_device
@@ -91,11 +92,13 @@ class SearchCallback(Callback):
         check_choice("mode", mode, ("min", "max"))
         check_choice("fork", fork, PLACES)
         check_choice("on_scheduler", on_scheduler, ("override", "multiply", "error"))
-        if eval_batches is not None and eval_batches < 1:
-            raise ValueError(f"Expected eval_batches >= 1 or None, got {eval_batches=}.")
-        if total_steps != "auto" and not (isinstance(total_steps, int) and total_steps >= 1):
+        if not isinstance(monitor, str):
+            raise TypeError(f"Expected monitor to be the name of a value that `validation_step` logs, got {monitor=}.")
+        if eval_batches is not None and not (isinstance(eval_batches, (int, Integral)) and eval_batches >= 1):
+            raise ValueError(f"Expected a whole eval_batches >= 1 or None, got {eval_batches=}.")
+        if total_steps != "auto" and not (isinstance(total_steps, (int, Integral)) and total_steps >= 1):
             raise ValueError(f"Expected total_steps >= 1 or 'auto', got {total_steps=}.")
-        if not (isinstance(seed, int) and seed >= 0):
+        if not (isinstance(seed, (int, Integral)) and seed >= 0):
             raise ValueError(f"Expected a whole seed >= 0, got {seed=}.")
         if not isinstance(ratchet, (Ratchet, bool)):
             raise TypeError(f"Expected a Ratchet, True or False, got {ratchet=}.")
@@ -118,7 +121,7 @@ class SearchCallback(Callback):
             )
         self.objective = objective
         self.on_scheduler = on_scheduler
-        self.total_steps = total_steps
+        self.total_steps: int | Literal["auto"] = total_steps if total_steps == "auto" else int(total_steps)
         self.count_search = count_search
         self.allow_untested = allow_untested
         self.figures = figures
@@ -130,10 +133,10 @@ class SearchCallback(Callback):
         self.probe_options = ProbeOptions(
             monitor=monitor,
             mode=mode,
-            eval_batches=eval_batches,
-            holdout_batches=(eval_batches or 4) if holds_out else 0,
+            eval_batches=None if eval_batches is None else int(eval_batches),
+            holdout_batches=int(eval_batches or 4) if holds_out else 0,
             fork=fork,
-            seed=seed,
+            seed=int(seed),  # what is written down has plain values
             search_callbacks=tuple(search_callbacks),
             probe_dataloader=probe_dataloader,
         )
