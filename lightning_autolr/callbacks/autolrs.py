@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from inspect import signature
+from numbers import Integral
 from typing import Any, Literal
 
 from lightning_autolr.engine.driver import SearchCallback
@@ -95,8 +96,9 @@ class AutoLRSCallback(SearchCallback):
         warmup: Literal["autowu"] | None = None,
         **options: Any,
     ) -> None:
-        if not (isinstance(tau, int) and tau >= 1):
+        if not (isinstance(tau, (int, Integral)) and tau >= 1):
             raise ValueError(f"Expected a whole tau >= 1, got {tau=}.")
+        tau = int(tau)  # it is written into traces and checkpoints
         if anneal is not None and not isinstance(anneal, Schedule):
             raise TypeError(f"Expected anneal to be a Schedule such as Rex(), or None, got {anneal!r}.")
         if method not in _OPTIONS_OF:

@@ -35,6 +35,8 @@ class AutoWUCallback(SearchCallback):
         guard: the warm-up ends at once when the smoothed loss is this many times its lowest. None: never, and no state is kept:
             the learning rate goes back at the end of the warm-up, the weights do not.
         compat: the published rules, with their raw units and without the guard.
+        objective: "holdout" lets a ratchet without an objective of its own look at training batches held out; with "train" and
+            "validation" it looks at the validation batches. No candidates are scored.
         options: see :class:`~lightning_autolr.engine.driver.SearchCallback`.
 
     Example::
@@ -59,10 +61,10 @@ class AutoWUCallback(SearchCallback):
         plateau_patience: int = 5,
         guard: float | None = 4.0,
         compat: bool = False,
+        objective: Literal["train", "validation", "holdout"] = "train",
         **options: Any,
     ) -> None:
-        options.setdefault("objective", "train")
-        super().__init__(**options)
+        super().__init__(objective=objective, **options)
         self.search = AutoWU(
             min_lr=min_lr,
             max_lr=max_lr,

@@ -37,6 +37,9 @@ class FactorSearchCallback(SearchCallback):
         guard: undo the steps since the last decision, and make them at a lower learning rate, when a training loss is this many
             times the highest loss that any decision began with; None never does, and keeps no state.
         shuffle_scores: the control arm: same cost, no information.
+        objective: "holdout" lets a ratchet without an objective of its own look at training batches held out; with "train" and
+            "validation" it looks at the validation batches. What scores the factors is ``evaluate_on``; None is "validation"
+            where that is, and else "train", which needs no validation batches.
         options: see :class:`~lightning_autolr.engine.driver.SearchCallback`.
 
     Example::
@@ -62,10 +65,10 @@ class FactorSearchCallback(SearchCallback):
         start_rounds: int = 1,
         guard: float | None = 4.0,
         shuffle_scores: bool = False,
+        objective: Literal["train", "validation", "holdout"] | None = None,
         **options: Any,
     ) -> None:
-        options.setdefault("objective", "validation" if evaluate_on == "validation" else "train")
-        super().__init__(**options)
+        super().__init__(objective=objective or ("validation" if evaluate_on == "validation" else "train"), **options)
         self.search = FactorSearch(
             factors=tuple(factors),
             every=every,

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -45,7 +46,8 @@ class RangeTestCallback(Callback):
     what they are.)
 
     Args:
-        milestones: epochs (or optimizer steps, see ``unit``) at whose first batch to test, each >= 0.
+        milestones: epochs (or optimizer steps, see ``unit``) at whose first batch to test, each >= 0. A step within a batch, as
+            of two optimizer steps under manual optimization, is tested at the next batch.
         unit: "epoch" or "step".
         min_lr: learning rate of the first step of a test, > 0.
         max_lr: learning rate of its last step, > ``min_lr``; a loss that runs away ends it before.
@@ -89,17 +91,20 @@ class RangeTestCallback(Callback):
         seed: int = 0,
         allow_untested: bool = False,
     ) -> None:
-        if not milestones or any(m < 0 for m in milestones):
-            raise ValueError(f"Expected at least one milestone, each >= 0, got {milestones=}.")
+        if not isinstance(milestones, Sequence) or not milestones:
+            raise ValueError(f"Expected a list of at least one milestone, got {milestones=}.")
+        if not all(isinstance(m, (int, Integral)) and m >= 0 for m in milestones):
+            raise ValueError(f"Expected whole milestones >= 0, got {milestones=}.")
         if unit not in ("epoch", "step"):
             raise ValueError(f"Expected unit to be 'epoch' or 'step', got {unit!r}.")
         check_choice("fork", fork, PLACES)
         self.search = RangeTest(min_lr, max_lr, num_steps, mode, repeats, rule, seed=seed)
-        self.milestones, self.unit, self.apply, self.stop = frozenset(milestones), unit, apply, stop
+        self.milestones, self.unit, self.apply, self.stop = frozenset(map(int, milestones)), unit, apply, stop
         self.figures, self.allow_untested = figures, allow_untested
         self.options = ProbeOptions(fork=fork, seed=seed)
         self.suggestions: dict[int, RangeSuggestion] = {}
         self._done: list[int] = []
+        self._passed = -1  # the last epoch or step at which a batch was begun
         self._loaded: dict[str, Any] = {}
 
     @override
@@ -120,6 +125,7 @@ class RangeTestCallback(Callback):
         self._done = list(loaded.get("done", ()))
         found = from_plain(loaded.get("suggestions", ()), (RangeSuggestion, RangeCurve))  # older checkpoints have none
         self.suggestions = dict(found)
+        self._passed = loaded.get("passed", self._now(trainer) - 1)  # a run that began elsewhere makes no earlier test
         self._folder = record_folder(trainer)
         if not self._done:
             keep_earlier(trainer, self._folder, _FILE)
@@ -128,10 +134,12 @@ class RangeTestCallback(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx % batches_per_step(trainer):
             return
-        now = trainer.current_epoch if self.unit == "epoch" else steps_made(trainer)
-        if now in self.milestones and now not in self._done:
+        now = self._now(trainer)
+        due = [m for m in self.milestones if self._passed < m <= now and m not in self._done]
+        if due:  # of several that one batch passed, the last
             with unchanged(batch):
-                self._test(trainer, now)
+                self._test(trainer, max(due))
+        self._passed = now  # not before: a test that was interrupted is made again
 
     @override
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -140,11 +148,14 @@ class RangeTestCallback(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         found = [[at, to_plain(suggestion)] for at, suggestion in self.suggestions.items()]
-        return self._loaded or {"done": list(self._done), "suggestions": found}
+        return self._loaded or {"done": list(self._done), "suggestions": found, "passed": self._passed}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
+
+    def _now(self, trainer: Any) -> int:
+        return int(trainer.current_epoch) if self.unit == "epoch" else steps_made(trainer)
 
     def _test(self, trainer: Any, now: int) -> None:
         # Two that write would not know of each other's private steps.

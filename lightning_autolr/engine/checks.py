@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_autolr.core.record import set_aside
@@ -14,6 +15,7 @@ from lightning_autolr.engine import compat
 
 __all__ = [
     "TESTED_STRATEGIES",
+    "callbacks_among",
     "check_choice",
     "check_trainer",
     "keep_earlier",
@@ -54,6 +56,24 @@ def check_trainer(trainer: Any, pl_module: Any, evaluates: Collection[str | None
             "Expected automatic optimization for `objective='holdout'` or a ratchet that looks at it, got a manual one, whose "
             "`training_step` cannot be evaluated without a step. Use `objective='validation'`."
         )
+
+
+def callbacks_among(callbacks: Sequence[Callback], named: Sequence[Callback]) -> tuple[Callback, ...]:
+    """Those of a Trainer's ``callbacks`` that are ``named``: each itself, or the one of its class.
+
+    YAML makes a second instance of a callback that stands in two places, and that one the Trainer never sets up.
+    """
+    found = []
+    for callback in named:
+        same = [c for c in callbacks if c is callback] or [c for c in callbacks if type(c) is type(callback)]
+        if len(same) != 1:
+            name = type(callback).__name__
+            raise MisconfigurationException(
+                f"Expected each of `search_callbacks` among the Trainer's callbacks, got {name}, of which it has {len(same)}. "
+                f"Give it one {name}, in `Trainer(callbacks=...)` or `trainer.callbacks`, or pass the very instance meant."
+            )
+        found += same
+    return tuple(found)
 
 
 def record_folder(trainer: Any) -> str | None:

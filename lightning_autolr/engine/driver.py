@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, Literal
 
 from lightning.fabric.utilities import move_data_to_device
@@ -16,7 +17,7 @@ from typing_extensions import override
 from lightning_autolr.core.losses import more_is_better
 from lightning_autolr.core.record import Cost, Entry, Record, summary_of
 from lightning_autolr.core.requests import Run
-from lightning_autolr.engine.checks import check_choice, check_trainer
+from lightning_autolr.engine.checks import callbacks_among, check_choice, check_trainer
 from lightning_autolr.engine.compat import remove_log_methods
 from lightning_autolr.engine.figure_log import options_of
 from lightning_autolr.engine.files import PLACES, Place
@@ -52,8 +53,8 @@ class SearchCallback(Callback):
         count_search: count search steps in ``total_steps``: the run then ends when search and training together have
             made that many. For comparisons at equal cost.
         search_callbacks: callbacks of the Trainer that take part in private steps, since they change gradients; their
-            attributes are put back.
-        probe_dataloader: batches for probes, when the training loader cannot be read twice.
+            attributes are put back. One that the Trainer has not stands for the Trainer's of its class, as from YAML.
+        probe_dataloader: batches for probes, when the training loader cannot be read twice; from Python only.
         allow_untested: run on strategies that we have not tested.
         ratchet: take back training that did harm, see :class:`~lightning_autolr.search.ratchet.Ratchet`.
         figures: log figures of what was tried and of the whole run, see :mod:`lightning_autolr.report.figures`; as files in
@@ -62,6 +63,7 @@ class SearchCallback(Callback):
 
     Raises:
         ValueError: an argument out of its range.
+        TypeError: an argument of another kind.
         MisconfigurationException: in ``setup``, a Trainer or module that cannot be served.
     """
 
@@ -90,14 +92,23 @@ class SearchCallback(Callback):
         check_choice("mode", mode, ("min", "max"))
         check_choice("fork", fork, PLACES)
         check_choice("on_scheduler", on_scheduler, ("override", "multiply", "error"))
-        if eval_batches is not None and eval_batches < 1:
-            raise ValueError(f"Expected eval_batches >= 1 or None, got {eval_batches=}.")
-        if total_steps != "auto" and not (isinstance(total_steps, int) and total_steps >= 1):
+        if not isinstance(monitor, str):
+            raise TypeError(f"Expected monitor to be the name of a value that `validation_step` logs, got {monitor=}.")
+        if eval_batches is not None and not (isinstance(eval_batches, (int, Integral)) and eval_batches >= 1):
+            raise ValueError(f"Expected a whole eval_batches >= 1 or None, got {eval_batches=}.")
+        if total_steps != "auto" and not (isinstance(total_steps, (int, Integral)) and total_steps >= 1):
             raise ValueError(f"Expected total_steps >= 1 or 'auto', got {total_steps=}.")
-        if not (isinstance(seed, int) and seed >= 0):
+        if not (isinstance(seed, (int, Integral)) and seed >= 0):
             raise ValueError(f"Expected a whole seed >= 0, got {seed=}.")
         if not isinstance(ratchet, (Ratchet, bool)):
             raise TypeError(f"Expected a Ratchet, True or False, got {ratchet=}.")
+        if not (isinstance(search_callbacks, Sequence) and all(isinstance(c, Callback) for c in search_callbacks)):
+            raise TypeError(f"Expected search_callbacks to be a list of callbacks, got {search_callbacks!r}.")
+        if isinstance(probe_dataloader, Mapping):  # what YAML gives for a class_path
+            raise TypeError(
+                f"Expected probe_dataloader to be a loader that yields batches, got {probe_dataloader!r}. Make the callback in "
+                "Python, or in a class of your own that makes the loader."
+            )
         if mode == "min" and more_is_better(monitor):
             rank_zero_warn(
                 f"{type(self).__name__} takes less of {monitor!r} for better, and by its name it is a score. Pass `mode='max'` "
@@ -110,7 +121,7 @@ class SearchCallback(Callback):
             )
         self.objective = objective
         self.on_scheduler = on_scheduler
-        self.total_steps = total_steps
+        self.total_steps: int | Literal["auto"] = total_steps if total_steps == "auto" else int(total_steps)
         self.count_search = count_search
         self.allow_untested = allow_untested
         self.figures = figures
@@ -122,10 +133,10 @@ class SearchCallback(Callback):
         self.probe_options = ProbeOptions(
             monitor=monitor,
             mode=mode,
-            eval_batches=eval_batches,
-            holdout_batches=(eval_batches or 4) if holds_out else 0,
+            eval_batches=None if eval_batches is None else int(eval_batches),
+            holdout_batches=int(eval_batches or 4) if holds_out else 0,
             fork=fork,
-            seed=seed,
+            seed=int(seed),  # what is written down has plain values
             search_callbacks=tuple(search_callbacks),
             probe_dataloader=probe_dataloader,
         )
@@ -164,6 +175,8 @@ class SearchCallback(Callback):
                 f"Expected one callback that sets the learning rate, got {type(self).__name__} and {', '.join(others)}. Leave "
                 "one of them out."
             )
+        named = callbacks_among(trainer.callbacks, self.probe_options.search_callbacks)
+        self.probe_options = replace(self.probe_options, search_callbacks=named)
         # First in line: LearningRateMonitor reads the optimizer when a batch starts, and whoever saves a checkpoint when it
         # ends must find that step counted.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]

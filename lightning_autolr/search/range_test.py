@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from lightning_autolr.core.range_rules import (
@@ -78,6 +79,9 @@ class RangeTest:
     def __post_init__(self) -> None:
         if not 0 < self.min_lr < self.max_lr < math.inf:
             raise ValueError(f"Expected 0 < min_lr < max_lr, got min_lr={self.min_lr!r} and max_lr={self.max_lr!r}.")
+        for name in ("num_steps", "repeats", "chunk", "seed"):
+            if not isinstance(value := getattr(self, name), Integral):
+                raise ValueError(f"Expected a whole number for {name}, got {name}={value!r}.")
         if self.num_steps < 10 or self.repeats < 1 or self.chunk < 1 or self.seed < 0:
             raise ValueError(
                 f"Expected num_steps >= 10, repeats >= 1, chunk >= 1 and seed >= 0, got num_steps={self.num_steps!r}, "

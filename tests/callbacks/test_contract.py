@@ -250,6 +250,9 @@ def test_loads_from_yaml(case: Row, tmp_path: Path) -> None:
     config = parser.parse_string(text)
     callback = parser.instantiate(config).callback
     assert type(callback) is getattr(lightning_autolr, case.name)
+    made = case.make()
+    if isinstance(made, SearchCallback):  # a default of its own holds in YAML too
+        assert callback.objective == made.objective
     parser.dump(config)
 
 

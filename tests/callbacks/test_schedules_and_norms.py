@@ -227,6 +227,35 @@ def test_milestones_count_the_steps_of_all_optimizers_as_one(tmp_path: Path) -> 
     assert list(test.suggestions) == [5]
 
 
+class TwoSteps(TwoOptimizers):
+    """Two steps of one optimizer a batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        for _ in range(2):
+            loss = Tiny.training_step(self, batch, batch_idx)
+            optimizer: Any = self.optimizers()
+            self.manual_backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return Tiny.configure_optimizers(self)
+
+
+def test_a_milestone_within_a_batch_is_tested_at_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "at_6.ckpt"
+
+    def save(trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 6:
+            trainer.save_checkpoint(path)
+
+    test = RangeTestCallback(milestones=(1, 5, 7), unit="step", num_steps=20, repeats=1)
+    run(TwoSteps(), tmp_path, test, LambdaCallback(on_train_batch_end=save), max_steps=10)
+    assert list(test.suggestions) == [1, 5, 7]
+    assert torch.load(path)["callbacks"]["RangeTestCallback"]["passed"] == 4  # so a resumed run makes the test of 5
+
+
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "StepLR": lambda o: sched.StepLR(o, 5, 0.5),
     "MultiStepLR": lambda o: sched.MultiStepLR(o, [4, 9]),
@@ -295,7 +324,17 @@ def test_a_range_test_beside_a_callback_that_sets_the_learning_rate(on_scheduler
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"milestones": ()}, {"milestones": (-1,)}, {"unit": "hour"}, {"min_lr": 1.0, "max_lr": 0.1}, {"rule": "best"}],
+    [
+        {"milestones": ()},
+        {"milestones": (-1,)},
+        {"milestones": 0},
+        {"milestones": (0.5,)},
+        {"num_steps": 20.5},
+        {"repeats": 1.5},
+        {"unit": "hour"},
+        {"min_lr": 1.0, "max_lr": 0.1},
+        {"rule": "best"},
+    ],
 )
 def test_a_range_test_says_no(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="Expected"):

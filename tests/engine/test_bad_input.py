@@ -7,9 +7,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -32,7 +34,8 @@ from tests.engine.subjects import NoisyData, Search
         ({"mode": "lower"}, r"Expected mode to be one of \('min', 'max'\), got 'lower'"),
         ({"fork": "gpu"}, r"Expected fork to be one of \('device', 'cpu', 'disk'\), got 'gpu'"),
         ({"on_scheduler": "ignore"}, r"Expected on_scheduler to be one of .*, got 'ignore'"),
-        ({"eval_batches": 0}, r"Expected eval_batches >= 1 or None, got eval_batches=0"),
+        ({"eval_batches": 0}, r"Expected a whole eval_batches >= 1 or None, got eval_batches=0"),
+        ({"eval_batches": 2.5}, r"Expected a whole eval_batches >= 1 or None, got eval_batches=2.5"),
         ({"total_steps": 0}, r"Expected total_steps >= 1 or 'auto', got total_steps=0"),
         ({"total_steps": "all"}, r"Expected total_steps >= 1 or 'auto', got total_steps='all'"),
         ({"total_steps": 2.5}, r"Expected total_steps >= 1 or 'auto', got total_steps=2.5"),
@@ -79,11 +82,26 @@ def test_the_base_class_alone_has_no_search(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"anneal": "Rex"}, {"anneal": Cosine}, {"tau": 2.5}, {"ratchet": "yes"}, {"seed": 1.5}]
+    "options",
+    [
+        {"anneal": "Rex"},
+        {"anneal": Cosine},
+        {"tau": 2.5},
+        {"ratchet": "yes"},
+        {"seed": 1.5},
+        {"search_callbacks": Callback()},
+        {"monitor": None},
+        {"probe_dataloader": {"class_path": "torch.utils.data.DataLoader"}},
+    ],
 )
 def test_values_of_another_kind_are_told_before_anything_is_trained(options: dict[str, Any]) -> None:
     with pytest.raises((TypeError, ValueError), match=r"^Expected "):
         AutoLRSCallback(**options)
+
+
+def test_whole_numbers_of_numpy_are_taken() -> None:
+    callback = AutoLRSCallback(tau=np.int64(100), total_steps=np.int64(50))
+    assert (type(callback.search.tau), type(callback.total_steps)) == (int, int)
 
 
 class OtherName(torch.optim.Optimizer):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
@@ -263,6 +264,23 @@ def test_the_state_of_callbacks_that_take_part_is_put_back(tmp_path: Path) -> No
     _, replayed = fit_tiny(tmp_path / "replay", [ScheduleCallback(schedule), clips[1]])
     assert [clip.calls for clip in clips] == [6, 6]
     assert torch.equal(searched.layer.weight, replayed.layer.weight)
+
+
+def test_a_callback_of_the_same_class_takes_part_in_place_of_one_that_the_trainer_has_not(tmp_path: Path) -> None:
+    weights = []
+    for itself in (True, False):  # YAML makes a second instance
+        clip = AdaptiveClipping()
+        other = clip if itself else AdaptiveClipping()
+        _, module = fit_tiny(tmp_path / str(itself), [Search(Stages(), search_callbacks=[other]), clip])
+        assert (clip.calls, other.calls) == (6, 6 if itself else 0)
+        weights.append(module.layer.weight)
+    assert torch.equal(*weights)
+    for callbacks in ([], [AdaptiveClipping(), AdaptiveClipping()]):
+        search = Search(Stages(), search_callbacks=[AdaptiveClipping()])
+        with pytest.raises(
+            MisconfigurationException, match=rf"got AdaptiveClipping, of which it has {len(callbacks)}\."
+        ):
+            fit_tiny(tmp_path, [search, *callbacks])
 
 
 def test_somebody_elses_log_in_place_of_lightnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
