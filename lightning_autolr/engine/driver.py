@@ -102,7 +102,10 @@ class SearchCallback(Callback):
             raise ValueError(f"Expected a whole seed >= 0, got {seed=}.")
         if not isinstance(ratchet, (Ratchet, bool)):
             raise TypeError(f"Expected a Ratchet, True or False, got {ratchet=}.")
-        if not (isinstance(search_callbacks, Sequence) and all(isinstance(c, Callback) for c in search_callbacks)):
+        # By what they can do: there are two Lightning packages with a class each.
+        if not (
+            isinstance(search_callbacks, Sequence) and all(hasattr(c, "on_after_backward") for c in search_callbacks)
+        ):
             raise TypeError(f"Expected search_callbacks to be a list of callbacks, got {search_callbacks!r}.")
         if isinstance(probe_dataloader, Mapping):  # what YAML gives for a class_path
             raise TypeError(
