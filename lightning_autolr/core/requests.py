@@ -258,7 +258,7 @@ class Evaluation:
             ValueError: there are none.
 
         >>> Evaluation.of_training([4.0, 3.0, 2.0, 1.0])
-        Evaluation(step=4, losses=(2.0, 1.0))
+        Evaluation(step=4, losses=(2.0, 1.0), name='')
         """
         if not losses:
             raise ValueError(
