@@ -152,10 +152,8 @@ def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
             # Made by user code in inference mode (a list of validation outputs, say): writable only there.
             with torch.inference_mode():
                 target.copy_(source)
-        elif (
-            target.layout is not torch.strided or target.is_conj() or target.is_neg()
-        ):  # no launch takes these with others
-            target.copy_(source)
+        elif target.layout is not torch.strided or target.is_conj() or target.is_neg():
+            target.copy_(source)  # no launch takes these with others
         else:
             group = groups.setdefault((target.device, source.device, target.dtype), ([], []))
             group[0].append(target)

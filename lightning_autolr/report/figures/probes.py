@@ -72,10 +72,11 @@ def probes_figure(search: Search) -> Figure:
             -0.35, search.train.lr, ">", color=RED, markersize=8, clip_on=False, transform=bar.ax.get_yaxis_transform()
         )
     figure.suptitle(f"search at step {search.step:,}: probes of {longest:,} steps", fontsize=9)
+    evaluated = search.evaluated_by and not search.score_name  # what is no loss has no place on an axis of losses
     add_legend(
         figure,
         ("training loss, running mean", line_key("0.4")),
-        (search.evaluated_by, line_key("0.4", "o", markeredgecolor="black")) if _shows_evaluations(search) else None,
+        (search.evaluated_by, line_key("0.4", "o", markeredgecolor="black")) if evaluated else None,
         (f"forecast to step {search.horizon:,}", line_key("0.4", "D", linestyle="--", markeredgecolor="black"))
         if forecasts
         else None,
@@ -83,11 +84,6 @@ def probes_figure(search: Search) -> Figure:
         ("chosen", line_key(RED, ">")) if chosen else None,
     )
     return figure
-
-
-def _shows_evaluations(search: Search) -> bool:
-    """What is no loss has no place on an axis of losses."""
-    return bool(search.evaluated_by) and not search.score_name
 
 
 def _forecast_curve(candidate: Candidate, horizon: int) -> tuple[Array, Array]:

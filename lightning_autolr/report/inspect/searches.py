@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -101,17 +101,19 @@ class Search:
     @property
     def score_name(self) -> str:
         """What the evaluations are where they are not losses, see :class:`~lightning_autolr.core.requests.Evaluation`."""
-        answers = [entry.answer for entry in self.entries if isinstance(entry.answer, ProbeResult)]
-        return next((e.name for answer in answers for e in answer.evaluations), "")
+        return next((evaluation.name for evaluation in self._evaluations()), "")
 
     @property
     def evaluated_by(self) -> str:
         """What the evaluations are, for figures; empty where there are none."""
-        answers = [entry.answer for entry in self.entries if isinstance(entry.answer, ProbeResult)]
-        if not any(answer.evaluations for answer in answers):
+        if not any(self._evaluations()):
             return ""
         own = any(isinstance(entry.request, Probe) and entry.request.evaluate == "train" for entry in self.entries)
         return "mean training loss, second half" if own else f"{self.score_name or 'loss'} on the evaluation batches"
+
+    def _evaluations(self) -> Iterator[Evaluation]:
+        answers = (entry.answer for entry in self.entries if isinstance(entry.answer, ProbeResult))
+        return (evaluation for answer in answers for evaluation in answer.evaluations)
 
     @property
     def seconds(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from lightning_autolr.core.range_rules import RangeSuggestion
@@ -40,8 +40,7 @@ def account_table(title: str, account: dict[str, Any], ended: bool) -> Table:
 
 def trained_table(pieces: Sequence[Piece], searches: Sequence[Search]) -> Table:
     """One row per piece of real training, or one for several between which nothing was decided."""
-    names = {s.score_name for s in searches if s.kind == "look"}
-    evaluated = ", ".join(["evaluated", *sorted(names - {""})])
+    evaluated = _named("evaluated", (s for s in searches if s.kind == "look"))
     table = _table("What was trained, and why", "#", "steps", "learning rate<", "loss", evaluated, "<", "why<")
     looks = {s.step: s.base for s in searches if s.kind == "look"}
     searched = {s.step for s in searches if s.steps}
@@ -66,8 +65,7 @@ def trained_table(pieces: Sequence[Piece], searches: Sequence[Search]) -> Table:
 
 def tried_table(searches: Sequence[Search]) -> Table:
     """One row per candidate, with what was chosen."""
-    names = {s.score_name for s in searches if s.candidates}
-    score = ", ".join(["score", *sorted(names - {""})])
+    score = _named("score", (s for s in searches if s.candidates))
     columns = ("step", "search<", "learning rate", score, "error", "steps", "s", "<")
     table = _table("What was tried, and what was chosen", *columns)
     pairs = [pair for search in searches for pair in _tried(search)]
@@ -103,6 +101,11 @@ def range_table(tests: Sequence[tuple[str, RangeSuggestion]]) -> Table:
         interval = " to ".join(ends)
         table.add_row(at, "none" if found.lr is None else _number(found.lr), interval, found.reason)
     return table
+
+
+def _named(column: str, searches: Iterable[Search]) -> str:
+    """A column's name, with what its numbers are where they are no losses."""
+    return ", ".join([column, *sorted({search.score_name for search in searches} - {""})])
 
 
 def _tried(search: Search) -> list[tuple[Search, Candidate, bool]]:
